@@ -1,0 +1,1 @@
+"""asyncrl: asynchronous actor-learner deep RL for long, unattended runs on one box."""

@@ -1,0 +1,227 @@
+"""The actor: env + model + policy -> lane.
+
+An actor owns a few lanes, each a group of environments with a ring of its own. It steps one group
+while the net evaluates the other: `send` starts a group's environments, and by the time `recv` asks
+for them the net has been through the next group. Between unrolls it pulls the newest weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from asyncrl.envs import EnvGroup, seed_for
+from asyncrl.policies import Context, Mixture, unroll_rng
+from asyncrl.transport.ring import Ring, UnrollWriter, Word
+from asyncrl.transport.weights import WeightsReader
+from asyncrl.types import Field, Unroll, tree_map
+
+CONTEXT_FIELDS = {
+    "env_steps": Field((), "int64"),  # the learner's count: the clock of schedules
+    "epoch": Field((), "int64"),  # grows when all environments are to be made anew
+}
+
+
+@dataclass(frozen=True)
+class ActorConfig:
+    """How many environments act, and in what pieces their steps travel."""
+
+    num_actors: int = 1
+    """Actor processes."""
+    lanes_per_actor: int = 2
+    """Groups of environments an actor takes in turn: one steps while the net evaluates the other."""
+    envs_per_lane: int = 8
+    """Environments in a group."""
+    unroll_length: int = 16
+    """Env steps of each environment in one unroll."""
+    slots_per_lane: int = 4
+    """Unrolls a lane can hold before the actor waits."""
+    device: str = "cpu"
+    """Where the net acts."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the acting copy of the weights."""
+    num_threads: int = 1
+    """Torch threads for acting."""
+    nice: int = 19
+    """Priority given away to the learner, 0 to 19: it matters where cores are few."""
+
+    def __post_init__(self):
+        counts = ("num_actors", "lanes_per_actor", "envs_per_lane", "unroll_length", "num_threads")
+        for name in (*counts, "slots_per_lane"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected actor.{name} >= 1, got {getattr(self, name)}")
+        if not 0 <= self.nice <= 19:
+            raise ValueError(f"expected actor.nice from 0 to 19, got {self.nice}")
+
+    @property
+    def num_lanes(self) -> int:
+        return self.num_actors * self.lanes_per_actor
+
+
+class LaneState:
+    """One group of environments and where it stands between two unrolls."""
+
+    def __init__(self, index: int, ring: Ring, make_envs: Callable[[], EnvGroup]):
+        self.index, self.ring = index, ring
+        self.writer = UnrollWriter(ring)
+        self.make_envs = make_envs
+        self.envs: EnvGroup | None = None
+
+    def restart(self, seed: int, generation: int, model: nn.Module, policy: Mixture, device) -> None:
+        """New environments, seeded by (seed, lane, generation), and empty memories."""
+        if self.envs is not None:
+            self.envs.close()
+        self.envs = self.make_envs()
+        self.generation = generation
+        num_envs = self.envs.num_envs
+        self.obs = self.envs.reset(seed_for(seed, self.index, generation))
+        self.first = np.ones(num_envs, bool)
+        self.new_life = np.ones(num_envs, bool)  # also where a life was lost and the game goes on
+        self.step = np.zeros(num_envs, np.int64)  # env steps of each running episode
+        self.state = tree_map(lambda part: part.to(device), model.initial_state(num_envs))
+        self.policy_state = policy.initial_state(num_envs)
+
+
+class Actor:
+    """Plays unrolls on its lanes. `play` never blocks on anything but the environments."""
+
+    def __init__(
+        self,
+        index: int,
+        config: ActorConfig,
+        rings: dict[int, Ring],  # by lane index
+        weights: WeightsReader,
+        model: nn.Module,
+        policy: Mixture,
+        make_envs: Callable[[], EnvGroup],
+        seed: int,
+        generation: int = 0,
+    ):
+        self.index, self.config, self.weights = index, config, weights
+        self.device = torch.device(config.device)
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        if config.precision == "bfloat16":
+            self.model.to(torch.bfloat16)
+        self.policy, self.seed, self.generation = policy, seed, generation
+        self.lanes = [LaneState(lane, ring, make_envs) for lane, ring in rings.items()]
+        self.words = [lane.ring.words for lane in self.lanes]
+        self._mark = time.monotonic_ns()
+
+    def may_begin(self) -> bool:
+        """Whether every lane may begin its next unroll."""
+        return all(lane.writer.may_begin() for lane in self.lanes)
+
+    def play(self) -> None:
+        """One unroll of every lane, each step of one overlapping the net's turn with the next."""
+        self._spend(Word.TIME_WAIT)
+        self._pull()
+        for lane in self.lanes:
+            if lane.envs is None or lane.generation != self.generation + self.epoch:
+                lane.restart(
+                    self.seed, self.generation + self.epoch, self.model, self.policy, self.device
+                )
+        self._spend(Word.TIME_PULL)
+        unrolls = [self._begin(lane) for lane in self.lanes]
+        T = self.config.unroll_length
+        for t in range(T):
+            for lane, unroll in zip(self.lanes, unrolls, strict=True):
+                if t > 0:
+                    self._finish(lane, unroll, t - 1)
+                self._act(lane, unroll, t)
+            self.beat()
+        for lane, unroll in zip(self.lanes, unrolls, strict=True):
+            self._finish(lane, unroll, T - 1)
+            lane.writer.commit()
+
+    def close(self) -> None:
+        for lane in self.lanes:
+            if lane.envs is not None:
+                lane.envs.close()
+
+    # -- one unroll ------------------------------------------------------------------------------
+
+    def _pull(self) -> None:
+        pulled = self.weights.pull()
+        if pulled is None:
+            return
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                tensor.copy_(torch.from_numpy(pulled["model"][name]))
+        self.env_steps = int(pulled["context"]["env_steps"])
+        self.epoch = int(pulled["context"]["epoch"])
+
+    def _begin(self, lane: LaneState) -> Unroll:
+        """The lane's reserved slot with all that is known before the first step."""
+        unroll = lane.writer.reserve()
+        if unroll is None:
+            raise RuntimeError(f"lane {lane.index} may not begin; expected may_begin() to hold")
+        header = (
+            lane.writer.sequence, lane.index, self.index, lane.generation,
+            self.weights.version, self.env_steps,
+        )  # fmt: skip
+        for word, value in zip(unroll.header, header, strict=True):
+            word[...] = value
+        tree_map(lambda slot, part: slot[0].__setitem__(..., part.cpu().numpy()),
+                 unroll.state, lane.state)  # fmt: skip
+        self._observe(lane, unroll, 0)
+        lane.rng = unroll_rng(self.seed, lane.index, lane.writer.sequence)
+        lane.context = Context(self.env_steps, lane.index, self.config.num_lanes)
+        return unroll
+
+    def _observe(self, lane: LaneState, unroll: Unroll, t: int) -> None:
+        tree_map(lambda slot, part: slot[t].__setitem__(..., part), unroll.obs, lane.obs)
+        unroll.first[t] = lane.first
+        self._spend(Word.TIME_WRITE)
+
+    def _act(self, lane: LaneState, unroll: Unroll, t: int) -> None:
+        """Evaluate row t, choose its actions, and set the environments going."""
+        with torch.inference_mode():
+            obs = tree_map(lambda part: torch.from_numpy(part[t : t + 1]).to(self.device), unroll.obs)
+            first = torch.from_numpy(unroll.first[t : t + 1]).to(self.device)
+            outputs, lane.state = self.model(obs, first, lane.state)
+            outputs = {name: output[0].cpu().numpy() for name, output in outputs.items()}
+        opens = lane.first if self.policy.scope == "game" else lane.new_life
+        action, log_prob, lane.policy_state = self.policy(
+            outputs, lane.policy_state, opens, lane.step, lane.context, lane.rng
+        )
+        unroll.action[t] = action
+        unroll.log_prob[t] = log_prob
+        unroll.policy[t] = lane.policy_state.choice
+        self._spend(Word.TIME_INFERENCE)
+        lane.envs.send(unroll.action[t])
+        self._spend(Word.TIME_ENV)
+
+    def _finish(self, lane: LaneState, unroll: Unroll, t: int) -> None:
+        """Write what the actions of row t caused, and the observation of row t+1."""
+        step = lane.envs.recv()
+        self._spend(Word.TIME_ENV)
+        unroll.reward[t] = step.reward
+        unroll.terminated[t] = step.terminated
+        unroll.truncated[t] = step.truncated
+        unroll.valid[t] = step.valid
+        unroll.episode_return[t] = step.episode_return
+        unroll.episode_length[t] = np.where(step.game_over, step.episode_length, 0)
+        lane.obs, lane.first = step.obs, step.first
+        lane.new_life = step.first | step.terminated
+        lane.step = np.where(step.first, 0, lane.step + 1)
+        self._observe(lane, unroll, t + 1)
+
+    # -- what the learner can see ----------------------------------------------------------------
+
+    def beat(self) -> None:
+        """Say that this actor is alive."""
+        now = time.monotonic_ns()
+        for words in self.words:
+            words[Word.BEAT] = now
+
+    def _spend(self, word: Word) -> None:
+        """Book the time since the last call; it stands in the first lane's words."""
+        now = time.monotonic_ns()
+        self.words[0][word] += now - self._mark
+        self._mark = now

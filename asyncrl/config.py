@@ -1,0 +1,119 @@
+"""One experiment: the parts' configurations together, and how a launch file becomes one.
+
+A launch file is Python with a `Config` named `config` (and perhaps others: profiles). Its options
+are the fields, by dotted name: `--actor.num-actors 2`. Every process of a run executes the launch
+file again and applies the same options, so nothing of the user's is ever pickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from asyncrl.actor import ActorConfig
+from asyncrl.algorithms.dqn import DQNConfig
+from asyncrl.envs import EnvConfig
+from asyncrl.evaluate import EvaluationConfig
+from asyncrl.learner import LearnerConfig
+from asyncrl.models import ModelConfig
+from asyncrl.policies import EpsilonGreedy
+
+class ConfigError(Exception):
+    """The user asked for something that cannot be: one clear message, exit status 2."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run."""
+
+    env: EnvConfig
+    model: Any = field(default_factory=ModelConfig)
+    policy: Any = field(default_factory=EpsilonGreedy)
+    algorithm: Any = field(default_factory=DQNConfig)
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    total_env_steps: int = 1_000_000
+    """Env steps of the whole run; a resumed run may raise it."""
+    seed: int = 1
+    schedule: Literal["async", "lockstep", "serial"] = "async"
+    """async: actors and learner overlap. lockstep: they take turns, bit-exact on a CPU.
+    serial: the same in one process, for a debugger."""
+
+    def __post_init__(self):
+        if self.total_env_steps < 1:
+            raise ValueError(f"expected total_env_steps >= 1, got {self.total_env_steps}")
+        if self.seed < 0:
+            raise ValueError(f"expected seed >= 0, got {self.seed}")
+
+
+def load_launch_file(path: Path, original: Path | None = None) -> types.ModuleType:
+    """Execute a launch file; its imports see the folder it (or the original of a copy) lies in."""
+    original = original or path
+    module = types.ModuleType("asyncrl_launch_file")
+    module.__file__ = str(original)
+    sys.modules[module.__name__] = module  # dataclasses of the user's look themselves up there
+    folder = str(original.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    code = compile(path.read_text(), str(original), "exec")
+    exec(code, module.__dict__)
+    return module
+
+
+def choose_profile(module: types.ModuleType, name: str) -> Config:
+    """The `Config` of that name in a launch file."""
+    profiles = [key for key, value in vars(module).items() if isinstance(value, Config)]
+    if name in profiles:
+        return getattr(module, name)
+    nearest = difflib.get_close_matches(name, profiles, 1)
+    raise ConfigError(
+        f"expected {module.__file__} to define a Config named '{name}', got "
+        f"{', '.join(profiles) or 'none'}; "
+        + (f"did you mean '{nearest[0]}'?" if nearest else "write `config = Config(...)` in it")
+    )
+
+
+def apply_options(config: Config, options: Sequence[str], program: str) -> Config:
+    """`config` with command-line options applied; tyro refuses unknown names and wrong types."""
+    return tyro.cli(
+        Config,
+        default=config,
+        args=list(options),
+        prog=program,
+        description="Options of this launch file, with its values as defaults.",
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+    )
+
+
+def resolve(path: Path, options: Sequence[str], original: Path | None = None) -> Config:
+    """The configuration that a launch file and options (with `--profile NAME`) make."""
+    options = list(options)
+    profile = "config"
+    while "--profile" in options:
+        position = options.index("--profile")
+        if position + 1 == len(options):
+            raise ConfigError("expected a name after --profile, got nothing")
+        profile = options[position + 1]
+        del options[position : position + 2]
+    module = load_launch_file(path, original)
+    config = apply_options(
+        choose_profile(module, profile), options, f"asyncrl train {(original or path).name} RUN_ID"
+    )
+    return dataclasses.replace(config, env=config.env.resolved())
+
+
+def main(launch_file: str) -> None:
+    """For the last line of a launch file: `python launch/x.py RUN_ID [options]` trains it."""
+    import os
+
+    command = [sys.executable, "-m", "asyncrl.cli", "train", launch_file, *sys.argv[1:]]
+    os.execv(sys.executable, command)

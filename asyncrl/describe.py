@@ -1,0 +1,37 @@
+"""Configurations as plain JSON: what config.json shows, and what a resume compares."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+# Fields that may change when a run is resumed: they do not decide what is learned.
+RESUMABLE = ("total_env_steps", "evaluation.", "learner.", "actor.nice", "actor.num_threads",
+             "actor.device", "env.num_threads")  # fmt: skip
+
+
+def describe(value: Any) -> Any:
+    """A configuration in plain JSON types; callables by name."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"kind": type(value).__name__} | fields
+    if isinstance(value, dict):
+        return {str(key): describe(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [describe(part) for part in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return f"<{getattr(value, '__module__', '?')}.{getattr(value, '__qualname__', repr(value))}>"
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Lines 'field: old -> new' where two descriptions differ, but for what a resume may change."""
+    if any(path == name or (name.endswith(".") and path.startswith(name)) for name in RESUMABLE):
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in sorted(old.keys() | new.keys()):
+            inner = f"{path}.{key}" if path else key
+            lines += differences(old.get(key), new.get(key), inner)
+        return lines
+    return [] if old == new else [f"{path}: {old!r} -> {new!r}"]

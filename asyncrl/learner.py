@@ -1,0 +1,453 @@
+"""The learner: drain -> store -> update -> publish.
+
+It takes finished unrolls from all lanes into its store, updates while the store's rate limit
+allows, publishes weights, and moves the one throttle there is: how many unrolls each lane may
+begin. One object serves all schedules; they differ in who waits for whom.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor, nn
+
+from asyncrl.actor import ActorConfig
+from asyncrl.checkpoint import CheckpointError, Checkpoints, Loaded, SegmentWriter, read_segments
+from asyncrl.metrics import EpisodeStatistics, EventLog, Rate, RunLog, TimeShares, bottleneck
+from asyncrl.transport.ring import Ring, UnrollReader, Word
+from asyncrl.transport.weights import WeightsWriter
+from asyncrl.types import Spec, Unroll
+
+ACTOR_SHARES = {
+    "env": Word.TIME_ENV,
+    "inference": Word.TIME_INFERENCE,
+    "write": Word.TIME_WRITE,
+    "pull": Word.TIME_PULL,
+    "wait": Word.TIME_WAIT,
+}
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """Where and how often the learner does what it does beside updates."""
+
+    device: str = "auto"
+    """"auto": the GPU where there is one."""
+    num_threads: int = 0
+    """Torch threads for learning (0: one a core)."""
+    sync_period: int = 1
+    """Updates between two syncs of the ring into the store."""
+    publish_period: int = 8
+    """Updates between two publications of the weights."""
+    log_seconds: float = 5.0
+    """Between two rows of metrics."""
+    checkpoint_seconds: float = 300.0
+    """Between two checkpoints where actors run freely."""
+    checkpoint_steps: int = 100_000
+    """Env steps between two checkpoints in lockstep and serial, where time must decide nothing."""
+    keep_checkpoints: int = 3
+    save_replay: bool = True
+    """Keep the replay in checkpoints too."""
+    tensorboard: bool = True
+
+    def __post_init__(self):
+        for name in ("sync_period", "publish_period", "checkpoint_steps", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected learner.{name} >= 1, got {getattr(self, name)}")
+
+    def resolved_device(self) -> torch.device:
+        if self.device != "auto":
+            return torch.device(self.device)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Learner:
+    """Owns the algorithm, its store, the logs and the checkpoints of a run."""
+
+    def __init__(
+        self,
+        config: LearnerConfig,
+        actors: ActorConfig,
+        algorithm,
+        model: nn.Module,
+        spec: Spec,
+        rings: list[Ring],
+        weights: WeightsWriter,
+        policy_names: tuple[str, ...],
+        folder: Path,
+        seed: int,
+        total_env_steps: int,
+        ring_actor: Callable[[int], None] = lambda actor: None,
+        turn_based: bool = False,
+        read_evaluation: Callable[[], dict] = dict,
+    ):
+        self.config, self.actors, self.spec = config, actors, spec
+        self.algorithm, self.model = algorithm, model
+        self.store = algorithm.store(spec, len(rings), seed)
+        self.rings = rings
+        self.readers = [UnrollReader(ring) for ring in rings]
+        self.weights = weights
+        self.policy_names = policy_names
+        self.total_env_steps = total_env_steps
+        self.ring_actor = ring_actor
+        self.turn_based = turn_based
+        self.read_evaluation = read_evaluation
+
+        self.events = EventLog(folder / "events.log")
+        self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
+        self.replay_folder = folder / "replay"
+        self.folder = folder
+        self.episodes = EpisodeStatistics(policy_names)
+        self.shares = TimeShares()
+        self.epoch = 0  # of the environments, where they are made anew at checkpoints
+        self.generation = 0  # newest seen
+        self.elapsed_before = 0.0  # seconds, in earlier starts of this run
+        self.metrics: dict[str, Tensor] = {}
+        self.lags: list[int] = []
+
+    # -- start and resume ------------------------------------------------------------------------
+
+    def start(self, resume: bool) -> bool:
+        """Resume from the newest valid checkpoint if asked and possible; publish; True if resumed."""
+        record_nbytes = self.spec.layout.nbytes
+        self.checkpoints.clean()
+        resumed = self._resume(record_nbytes) if resume else None
+        segments = resumed.segments if resumed and self.config.save_replay else []
+        self.segments = SegmentWriter(self.replay_folder, record_nbytes, resume=segments)
+        self.segments.delete_unlisted(self.checkpoints.listed_segments())
+        positions = resumed.state["logs"] if resumed else {"metrics.jsonl": 0, "episodes.csv": 0}
+        self.log = RunLog(self.folder, positions, self.config.tensorboard)
+        now = time.monotonic()
+        self.started = self.last_checkpoint = self.last_log = now
+        self.last_checkpoint_steps = self.env_steps
+        self.rates = {"env_steps": Rate(self.env_steps), "updates": Rate(self.updates)}
+        self.actor_times = self._actor_times()
+        self.lane_time = time.monotonic_ns()
+        self.process = psutil.Process()
+        self.publish()
+        if not resumed and self.turn_based:
+            self.save()  # what a kill before the first periodic checkpoint falls back to
+        return resumed is not None
+
+    def _resume(self, record_nbytes: int) -> Loaded | None:
+        while (loaded := self.checkpoints.newest_valid()) is not None:
+            try:
+                self._load(loaded, record_nbytes)
+                break
+            except CheckpointError as error:
+                self.checkpoints.reject(loaded, str(error))
+        for path, reason in self.checkpoints.rejected:
+            self.events.event("refused", f"checkpoint {path.name} not used: {reason}")
+        return loaded
+
+    def _load(self, loaded: Loaded, record_nbytes: int) -> None:
+        state = unflatten(dict(loaded.tensors) | loaded.state["numbers"])
+        if loaded.segments and self.config.save_replay:
+            records = read_segments(self.replay_folder, loaded.segments, record_nbytes)
+            for index, (record, base, _) in enumerate(records):
+                if index == 0:
+                    self.store.restart_at(base)
+                unroll: Unroll = self.spec.layout.views(record)
+                self.store.insert(int(unroll.header.lane), unroll)
+        self.algorithm.load_state_dict(state["algorithm"])
+        self.store.load_state_dict(state["store"])
+        torch.set_rng_state(state["rng"])
+        counters = loaded.state
+        self.episodes.load_state_dict(counters["episodes"])
+        self.generation = counters["generation"]
+        self.elapsed_before = counters["elapsed_seconds"]
+        if self.weights.version:  # only the learner died: its actors live on
+            self.epoch = int(self.weights.front()["context"]["epoch"])
+            return
+        self.epoch = counters["epoch"] if self.turn_based else self.generation + 1
+        self.weights.buffer.version[0] = counters["version"]
+        for ring, reader, sequence in zip(
+            self.rings, self.readers, counters["sequences"], strict=True
+        ):
+            ring.start_at(sequence)
+            reader.taken = sequence
+
+    # -- the four things it does -----------------------------------------------------------------
+
+    @property
+    def env_steps(self) -> int:
+        return self.store.limiter.inserted
+
+    @property
+    def updates(self) -> int:
+        return self.algorithm.updates
+
+    def done(self) -> bool:
+        return self.env_steps >= self.total_env_steps
+
+    def drain(self) -> int:
+        """Take every committed unroll into the store; returns how many there were."""
+        count = 0
+        with self.shares.time("sync"):
+            for lane, reader in enumerate(self.readers):
+                taken = 0
+                while (item := reader.take()) is not None:
+                    self._take(lane, *item)
+                    taken += 1
+                if taken:
+                    if self.store.device.type == "cuda":
+                        torch.cuda.current_stream().synchronize()  # the copies still read the slots
+                    reader.release()
+                    self.ring_actor(lane // self.actors.lanes_per_actor)
+                count += taken
+        return count
+
+    def _take(self, lane: int, unroll: Unroll, raw: np.ndarray) -> None:
+        if self.config.save_replay:
+            self.segments.append(raw, self.store.position())
+        self.store.insert(lane, unroll)
+        header = unroll.header
+        self.generation = max(self.generation, int(header.generation))
+        self.lags.append(self.weights.version - int(header.version))
+        ended = np.nonzero(unroll.episode_length)
+        if len(ended[0]) == 0:
+            return
+        rows, now = [], time.time()
+        for t, env in zip(*ended, strict=True):
+            policy = int(unroll.policy[t, env])
+            result = float(unroll.episode_return[t, env]), int(unroll.episode_length[t, env])
+            self.episodes.add(policy, *result)
+            rows.append(
+                (f"{now:.3f}", self.env_steps, int(header.actor), self.policy_names[policy], *result)
+            )
+        self.log.write_episodes(rows)
+
+    def learn(self, most: int) -> int:
+        """Up to `most` updates, as far as the rate limit allows; returns how many were made."""
+        count = min(most, self.store.updates_allowed())
+        for _ in range(count):
+            with self.shares.time("update"):
+                self.metrics = self.algorithm.update(self.store)
+            if not self.turn_based and self.updates % self.config.publish_period == 0:
+                self.publish()
+        return count
+
+    def publish(self) -> None:
+        """Give the current weights, and what schedules need, to whoever acts."""
+        with self.shares.time("publish"):
+            back = self.weights.back()
+            for name, tensor in self.model.state_dict().items():
+                np.copyto(back["model"][name], tensor.detach().cpu().numpy())
+            back["context"]["env_steps"][...] = self.env_steps
+            back["context"]["epoch"][...] = self.epoch
+            self.weights.publish()
+
+    def permit(self) -> None:
+        """Move the throttle: let actors begin as many rounds as the store's rate limit covers."""
+        lanes, slots = self.actors.lanes_per_actor, self.actors.slots_per_lane
+        unroll = self.spec.unroll_length * self.spec.num_envs
+        ahead = []  # unrolls permitted and not yet taken, by actor
+        for actor in range(self.actors.num_actors):
+            own = self.readers[actor * lanes : (actor + 1) * lanes]
+            ahead.append(own[0].permitted - min(reader.taken for reader in own))
+        budget = self.store.insert_limit() - self.env_steps - sum(ahead) * lanes * unroll
+        while budget >= lanes * unroll and min(ahead) <= slots:
+            actor = int(np.argmin(ahead))
+            self._permit(actor, 1)
+            ahead[actor] += 1
+            budget -= lanes * unroll
+
+    def _permit(self, actor: int, rounds: int) -> None:
+        lanes = self.actors.lanes_per_actor
+        for reader in self.readers[actor * lanes : (actor + 1) * lanes]:
+            reader.permit(reader.permitted + rounds)
+        self.ring_actor(actor)
+
+    # -- schedules -------------------------------------------------------------------------------
+
+    def run_async(self, wait: Callable[[Callable[[], bool]], bool]) -> None:
+        """Overlapped: updates go on while actors act. `wait` sleeps until a condition or a stop."""
+
+        def something_to_do() -> bool:
+            return any(reader.waiting() for reader in self.readers)
+
+        while not self.done():
+            self.drain()
+            self.permit()
+            if self.learn(self.config.sync_period) == 0:
+                with self.shares.time("wait"):
+                    if not wait(something_to_do):
+                        return
+            elif not wait(lambda: True):
+                return
+            self._housekeep()
+
+    def run_in_turns(self, play: Callable[[Callable[[], bool]], bool]) -> None:
+        """Actors and learner take turns in a fixed order; `play` has every lane make one unroll.
+
+        Nothing here depends on time, so equal seeds give equal weights, bit for bit, on a CPU.
+        """
+
+        def all_played() -> bool:
+            return all(reader.waiting() for reader in self.readers)
+
+        while not self.done():
+            for actor in range(self.actors.num_actors):
+                self._permit(actor, 1)
+            with self.shares.time("wait"):
+                if not play(all_played):
+                    return
+            self.drain()
+            if self.learn(self.store.updates_allowed()):
+                self.publish()
+            self._housekeep()
+
+    def _housekeep(self) -> None:
+        now = time.monotonic()
+        if now - self.last_log >= self.config.log_seconds:
+            self.write_metrics()
+        if self.turn_based:
+            due = self.env_steps - self.last_checkpoint_steps >= self.config.checkpoint_steps
+            if due and not self.done():
+                # Environments cannot be saved, so they are made anew here in every run alike:
+                # that is what makes a resumed run equal an uninterrupted one.
+                self.epoch += 1
+                self.save()
+                self.publish()
+        elif now - self.last_checkpoint >= self.config.checkpoint_seconds:
+            self.save()
+
+    # -- what is kept ----------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """The last row of metrics and, where no turn must be kept, the last checkpoint."""
+        self.write_metrics()
+        if not self.turn_based or self.done():
+            self.save(final=True)
+        self.segments.close()
+
+    def save(self, final: bool = False) -> None:
+        """Write a checkpoint. A disk that refuses is reported, and training goes on; the last one
+        raises CheckpointError instead."""
+        begun = time.monotonic()
+        with self.shares.time("checkpoint"):
+            state = {
+                "algorithm": self.algorithm.state_dict(),
+                "store": self.store.state_dict(),
+                "rng": torch.get_rng_state(),
+            }
+            tensors, numbers = flatten(state)
+            counters = {
+                "numbers": numbers,
+                "env_steps": self.env_steps,
+                "updates": self.updates,
+                "epoch": self.epoch,
+                "generation": self.generation,
+                "version": self.weights.version,
+                "sequences": [reader.taken for reader in self.readers],
+                "episodes": self.episodes.state_dict(),
+                "elapsed_seconds": self.elapsed_seconds(),
+                "logs": self.log.positions(),
+            }
+            try:
+                segments = []
+                if self.config.save_replay:
+                    self.segments.forget_all_but(len(self.store.unrolls))
+                    segments = self.segments.flush()
+                path = self.checkpoints.save(self.env_steps, tensors, counters, segments)
+                self.segments.delete_unlisted(self.checkpoints.listed_segments())
+            except CheckpointError as error:
+                self.events.event("checkpoint", f"not saved: {error}", env_steps=self.env_steps)
+                if self.segments.broken:
+                    self.segments.restart()
+                if final:
+                    raise
+            else:
+                pause = time.monotonic() - begun
+                self.events.event(
+                    "checkpoint", f"{path.name} saved", env_steps=self.env_steps,
+                    updates=self.updates, seconds=f"{pause:.2f}",
+                )  # fmt: skip
+        self.last_checkpoint = time.monotonic()
+        self.last_checkpoint_steps = self.env_steps
+
+    def elapsed_seconds(self) -> float:
+        return self.elapsed_before + time.monotonic() - self.started
+
+    def _actor_times(self) -> np.ndarray:
+        """(actors, shares) cumulative nanoseconds."""
+        lanes = self.actors.lanes_per_actor
+        words = [ring.words[list(ACTOR_SHARES.values())] for ring in self.rings[::lanes]]
+        return np.array(words)
+
+    def write_metrics(self) -> None:
+        """One row: everything a person or a program needs to see how the run is doing."""
+        now, limiter = time.monotonic_ns(), self.store.limiter
+        times = self._actor_times()
+        spent = (times - self.actor_times).mean(0) / max(now - self.lane_time, 1)
+        self.actor_times, self.lane_time = times, now
+        in_flight = [reader.waiting() for reader in self.readers]
+        ahead = self.store.insert_limit() - self.env_steps
+        row = {
+            "time": time.time(),
+            "elapsed_seconds": self.elapsed_seconds(),
+            "env_steps": self.env_steps,
+            "total_env_steps": self.total_env_steps,
+            "updates": self.updates,
+            "episodes": self.episodes.num_episodes,
+            **self.episodes.summary(),
+            "rate/env_steps": self.rates["env_steps"].per_second_since_last(self.env_steps),
+            "rate/updates": self.rates["updates"].per_second_since_last(self.updates),
+            "ring/fill": float(np.mean(in_flight)) / self.actors.slots_per_lane,
+            "replay/fill": self.store.fill(),
+            "limiter/samples_per_insert": limiter.actual(),
+            "limiter/target": limiter.samples_per_insert,
+            "limiter/waiting": "learner" if self.store.updates_allowed() == 0
+            else "actors" if ahead < 0.5 * limiter.tolerance else "nobody",
+            **{f"time/learner/{name}": share
+               for name, share in self.shares.fractions_since_last().items()},
+            **dict(zip([f"time/actor/{name}" for name in ACTOR_SHARES], spent, strict=True)),
+            **{name: float(value) for name, value in self.metrics.items()},
+            **self.read_evaluation(),
+            "memory/rss_mb": self.process.memory_info().rss / 1e6,
+        }  # fmt: skip
+        if self.lags:
+            lags = np.array(self.lags)
+            row |= {"lag/min": lags.min(), "lag/mean": lags.mean(), "lag/max": lags.max()}
+            self.lags.clear()
+        row["bottleneck"] = bottleneck(row)
+        with self.shares.time("log"):
+            self.log.write(row)
+        self.last_log = time.monotonic()
+
+
+def flatten(tree: dict, prefix: str = "") -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Split nested dicts into {path: array} and {path: number}; paths are joined by '|'."""
+    arrays: dict[str, np.ndarray] = {}
+    numbers: dict[str, float] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict):
+            inner_arrays, inner_numbers = flatten(value, path + "|")
+            arrays |= inner_arrays
+            numbers |= inner_numbers
+        elif isinstance(value, Tensor):
+            arrays[path] = value.detach().cpu().contiguous().numpy()
+        else:
+            numbers[path] = value
+    return arrays, numbers
+
+
+def unflatten(leaves: dict) -> dict:
+    """The inverse of `flatten`: arrays become tensors again."""
+    tree: dict = {}
+    for path, value in leaves.items():
+        *parents, key = path.split("|")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[key] = torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
+    return tree
+
+

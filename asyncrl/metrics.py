@@ -1,0 +1,416 @@
+"""What a run says about itself: counters and time shares, and the files they are written to.
+
+`metrics.jsonl` (a row a log interval), `episodes.csv` (a row an episode) and `tensorboard/` have
+one writer, the learner's `RunLog`; `events.log` has many, each with an `EventLog` of its own.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import re
+import sys
+import time
+import warnings
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+
+EPISODE_COLUMNS = {  # of episodes.csv, with the type each is read back as
+    "time": float, "env_steps": int, "actor": int, "policy": str, "return": float, "length": int,
+}  # fmt: skip
+
+
+class TimeShares:
+    """Where one thread's time goes: `with shares.time("update"): ...`, nested as you like.
+
+    Time inside a nested share belongs to the inner one only, so shares never add up to more than
+    the wall time. `nanoseconds` is cumulative, by name. Not to be shared between threads.
+    """
+
+    def __init__(self):
+        self.nanoseconds: dict[str, int] = defaultdict(int)
+        self._open: list[str] = []  # names of the shares being timed, innermost last
+        self._mark = self._last = time.perf_counter_ns()
+        self._last_nanoseconds: dict[str, int] = {}
+
+    def time(self, name: str) -> "TimeShares":
+        """Name the share that the next `with` block belongs to; itself is the context."""
+        self._name = name
+        return self
+
+    def __enter__(self):
+        self._settle()
+        self._open.append(self._name)
+
+    def __exit__(self, *exception):
+        self._settle()
+        self._open.pop()
+
+    def _settle(self) -> None:
+        now = time.perf_counter_ns()
+        if self._open:
+            self.nanoseconds[self._open[-1]] += now - self._mark
+        self._mark = now
+
+    def fractions_since_last(self) -> dict[str, float]:
+        """Fractions of the wall time since the last call (or construction), by share; the untimed
+        remainder is `rest`, and they add up to 1."""
+        self._settle()
+        wall = max(self._mark - self._last, 1)
+        fractions = {
+            name: (total - self._last_nanoseconds.get(name, 0)) / wall
+            for name, total in self.nanoseconds.items()
+        }
+        self._last, self._last_nanoseconds = self._mark, dict(self.nanoseconds)
+        return fractions | {"rest": max(0.0, 1.0 - sum(fractions.values()))}
+
+
+class Rate:
+    """A growing count, as a number per second. `count` is where it starts, not 0 after a resume."""
+
+    def __init__(self, count: float = 0):
+        self._count, self._time = count, time.perf_counter()
+
+    def per_second_since_last(self, count: float) -> float:
+        """Growth of `count` per second of wall time since the last call (or construction)."""
+        now = time.perf_counter()
+        rate = (count - self._count) / max(now - self._time, 1e-9)
+        self._count, self._time = count, now
+        return rate
+
+
+class EpisodeStatistics:
+    """Returns and lengths of the last `window` episodes: of each policy, and of all together."""
+
+    def __init__(self, policies: tuple[str, ...], window: int = 100):
+        self.policies, self.window, self.num_episodes = tuple(policies), window, 0
+        self._all: deque[tuple[float, int]] = deque(maxlen=window)  # (return, length)
+        self._by_policy = [deque(maxlen=window) for _ in self.policies]
+
+    def add(self, policy_index: int, return_: float, length: int) -> None:
+        """Count one ended episode; `length` in env steps."""
+        episode = (float(return_), int(length))
+        self.num_episodes += 1
+        self._all.append(episode)
+        self._by_policy[policy_index].append(episode)
+
+    def summary(self) -> dict[str, float]:
+        """Means, as metrics: `episode/return`, `episode/length` over the last `window` episodes,
+        and `episode/return/<policy>`. What has no episode yet is left out."""
+        metrics = {}
+        if self._all:
+            metrics["episode/return"], metrics["episode/length"] = np.mean(self._all, axis=0)
+        for policy, episodes in zip(self.policies, self._by_policy, strict=True):
+            if episodes:
+                metrics[f"episode/return/{policy}"] = np.mean([r for r, _ in episodes])
+        return {name: float(value) for name, value in metrics.items()}
+
+    def recent_lengths(self, policy: int | str) -> np.ndarray:
+        """Lengths in env steps of a policy's last episodes, oldest first: (<= window,) int64."""
+        index = self.policies.index(policy) if isinstance(policy, str) else policy
+        return np.array([length for _, length in self._by_policy[index]], dtype=np.int64)
+
+    def state_dict(self) -> dict:
+        """What a checkpoint keeps; JSON-able."""
+        by_policy = dict(zip(self.policies, map(list, self._by_policy), strict=True))
+        return {"num_episodes": self.num_episodes, "all": list(self._all), "by_policy": by_policy}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over `state_dict()`, by policy name: the mix may have changed in between."""
+        self.num_episodes = int(state["num_episodes"])
+        self._all = deque(map(tuple, state["all"]), maxlen=self.window)
+        self._by_policy = [
+            deque(map(tuple, state["by_policy"].get(policy, ())), maxlen=self.window)
+            for policy in self.policies
+        ]
+
+
+class RunLog:
+    """The writer of metrics.jsonl, episodes.csv and tensorboard/ in a run's folder.
+
+    Args:
+        folder: the run's folder; made if it is not there, also later if somebody deletes it.
+        resume_positions: `positions()` of the checkpoint that is resumed: both files are cut back
+            to it. A last line torn by a kill is cut in any case, and TensorBoard is told to forget
+            what lies after the last row kept, so that no curve doubles.
+        tensorboard: also write event files; if TensorBoard is missing a warning says so, once.
+
+    Writing never raises. A line that cannot be written is counted in `dropped`, which later rows
+    report as `log/dropped`; every later write tries again, opening the file anew.
+    """
+
+    def __init__(self, folder, resume_positions: dict | None = None, tensorboard: bool = True):
+        folder, keep = Path(folder), dict(resume_positions or {})
+        header = (",".join(EPISODE_COLUMNS) + "\n").encode()
+        self.dropped = 0
+        self._metrics = _AppendFile(folder / "metrics.jsonl", keep.get("metrics.jsonl"))
+        self._episodes = _AppendFile(folder / "episodes.csv", keep.get("episodes.csv"), header)
+        self._tensorboard = None
+        if tensorboard:
+            try:
+                self._tensorboard = _TensorBoardFile(folder)
+            except Exception as error:  # whatever a broken installation may raise at import
+                warnings.warn(f"no TensorBoard files are written: {error!r}", stacklevel=2)
+
+    def write(self, row: dict) -> None:
+        """Append one row of metrics, {name: number, string or None}; 0-d arrays and tensors are
+        read, non-finite numbers become null. `env_steps` is TensorBoard's step."""
+        if self.dropped:
+            row = row | {"log/dropped": self.dropped}
+        row = {name: _plain(value) for name, value in row.items()}
+        if not self._metrics.append(json.dumps(row, default=str).encode() + b"\n"):
+            self.dropped += 1
+        if self._tensorboard:
+            self._tensorboard.write(row)
+
+    def write_episodes(self, rows: Iterable[tuple]) -> None:
+        """Append ended episodes: tuples (time, env_steps, actor, policy, return, length)."""
+        rows, text = list(rows), io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        if rows and not self._episodes.append(text.getvalue().encode()):
+            self.dropped += len(rows)
+
+    def positions(self) -> dict[str, int]:
+        """Bytes written so far, by file name; JSON-able, for checkpoints."""
+        return {log.path.name: log.size for log in (self._metrics, self._episodes)}
+
+
+class _AppendFile:
+    """A growing file with one writer, of which the first `size` bytes are known to be whole."""
+
+    def __init__(self, path: Path, keep: int | None = None, header=b"", lines: bool = True):
+        self.path, self.size = path, sys.maxsize if keep is None else keep
+        self._header, self._lines = header, lines
+        self.append(b"")
+
+    def append(self, data: bytes) -> bool:
+        """Whether all of `data` was written; if not, none of it was, or what was will be cut."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Opened anew each time: a descriptor would go on swallowing lines after a deletion.
+            with open(self.path, "a+b", buffering=0) as file:
+                if file.tell() != self.size:
+                    self.size = min(file.tell(), self.size)
+                    if self._lines:
+                        self.size = _end_of_last_line(file, self.size)
+                    file.truncate(self.size)
+                data = data if self.size else self._header + data
+                whole = file.write(data) == len(data)
+                if not whole:
+                    file.truncate(self.size)
+                self.size += whole * len(data)
+                return whole
+        except OSError:
+            return False
+
+
+class _TensorBoardFile(_AppendFile):
+    """One event file a life of the writer: TensorBoard reads them as one curve in order of name,
+    and at each opening START event forgets every step from that event's on. It heeds them from the
+    second one only, which is why a fresh run begins with one too."""
+
+    def __init__(self, folder: Path):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary, self._record_writer = Event, Summary, RecordWriter
+        start = SessionLog(status=SessionLog.START)
+        header = self._record(file_version="brain.Event:2")
+        header += self._record(session_log=start, step=_last_env_steps(folder) + 1)
+        path = folder / "tensorboard" / f"events.out.tfevents.{time.time_ns()}"
+        super().__init__(path, header=header, lines=False)
+
+    def _record(self, **fields) -> bytes:
+        buffer = io.BytesIO()
+        event = self._event(**({"wall_time": time.time()} | fields))
+        self._record_writer(buffer).write(event.SerializeToString())
+        return buffer.getvalue()
+
+    def write(self, row: dict) -> None:
+        values = [
+            self._summary.Value(tag=name, simple_value=value)
+            for name, value in row.items()
+            if isinstance(value, (int, float)) and name not in ("time", "env_steps")
+        ]
+        step, wall_time = int(row.get("env_steps") or 0), row.get("time") or time.time()
+        summary = self._summary(value=values)
+        self.append(self._record(summary=summary, step=step, wall_time=wall_time))
+
+
+def _plain(value):
+    """A JSON value of a number as numpy, torch or Python has it."""
+    value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _end_of_last_line(file, size: int) -> int:
+    """Bytes up to and with the last newline within the first `size` bytes."""
+    while size > 0:
+        start = max(0, size - 65536)
+        newline = os.pread(file.fileno(), size - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        size = start
+    return 0
+
+
+def _complete_lines(path: Path) -> Iterator[str]:
+    """The lines of a file somebody may be writing to, without a torn last one; none if no file."""
+    with suppress(FileNotFoundError), open(path, errors="replace", newline="\n") as file:
+        yield from (line[:-1] for line in file if line.endswith("\n"))
+
+
+def _last_env_steps(folder: Path) -> int:
+    return int(np.fmax.reduce(read_metrics(folder).get("env_steps", np.array([])), initial=-1))
+
+
+def read_metrics(run_folder) -> dict[str, np.ndarray]:
+    """Columns of metrics.jsonl by name, each (rows,): float64 with NaN where a row has no value, or
+    object (strings) with None. Torn and unreadable lines are passed over; {} without any row."""
+    rows = []
+    for line in _complete_lines(Path(run_folder) / "metrics.jsonl"):
+        with suppress(ValueError):
+            row = json.loads(line)
+            rows += [row] if isinstance(row, dict) else []
+    columns = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(name) for row in rows]
+        numeric = all(value is None or isinstance(value, (int, float)) for value in values)
+        columns[name] = np.array(values, dtype=np.float64 if numeric else object)
+    return columns
+
+
+def read_episodes(run_folder) -> dict[str, np.ndarray]:
+    """Columns of episodes.csv by name (see EPISODE_COLUMNS), each (episodes,); `policy` is object.
+    Torn and unreadable lines are passed over; without the file all are empty."""
+    rows = []
+    for cells in csv.reader(_complete_lines(Path(run_folder) / "episodes.csv")):
+        with suppress(ValueError):
+            rows.append([t(c) for t, c in zip(EPISODE_COLUMNS.values(), cells, strict=True)])
+    columns = zip(*rows, strict=True) if rows else [()] * len(EPISODE_COLUMNS)
+    return {
+        name: np.array(values, dtype=object if kind is str else kind)
+        for (name, kind), values in zip(EPISODE_COLUMNS.items(), columns, strict=True)
+    }
+
+
+@dataclass
+class Event:
+    """One entry of events.log; `time` in unix seconds, `text` may have several lines."""
+
+    time: float
+    kind: str
+    text: str
+    fields: dict[str, str] = field(default_factory=dict)
+
+
+class EventLog:
+    """Appends to events.log, from any number of processes at once: an event is one write.
+
+        2026-01-01T12:00:00.123Z  death      actor 0 died: signal SIGKILL  pid=123 generation=2
+
+    Further lines of a text (a traceback) stand below, indented by four spaces.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+
+    def event(self, kind: str, text: str, **fields) -> None:
+        """Append an event; `kind` is one word. Never raises when it cannot be written."""
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        first, *more = text.splitlines() or [""]
+        # Two spaces part the text from the fields, so the text's first line must not have any.
+        line = f"{now}  {kind:<10} {' '.join(first.split()) or '-'}"
+        if fields:
+            line += "  " + " ".join(f"{name}={_quoted(value)}" for name, value in fields.items())
+        data = "\n    ".join([line, *more]) + "\n"
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a+b", buffering=0) as file:
+                size = file.tell()
+                if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+                    data = "\n" + data  # behind a write that was cut short
+                file.write(data.encode("utf-8", "backslashreplace"))
+
+
+def _quoted(value) -> str:
+    text = str(value)
+    return text if re.fullmatch(r"[^\s\"=]+", text) else json.dumps(text)
+
+
+_EVENT = re.compile(r"(\d{4}-\d\d-\d\dT[\d:.]+Z)  (\S+)\s+(.*?)(?:  (\w+=.*))?")
+_FIELD = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|\S+)')
+
+
+def parse_events(lines: Iterable[str]) -> list[Event]:
+    """Events of complete lines of events.log; lines that belong to none are passed over."""
+    events: list[Event] = []
+    for line in lines:
+        if match := _EVENT.fullmatch(line):
+            stamp, kind, text, fields = match.groups()
+            moment = datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
+            events.append(Event(moment, kind, text))
+            for name, value in _FIELD.findall(fields or ""):
+                events[-1].fields[name] = json.loads(value) if value[0] == '"' else value
+        elif line.startswith("    ") and events:
+            events[-1].text += "\n" + line[4:]
+    return events
+
+
+def read_events(path) -> list[Event]:
+    """All events of an events.log, oldest first; [] if it is not there."""
+    return parse_events(_complete_lines(Path(path)))
+
+
+_DOING = {
+    "update": "in updates", "sync": "filling the store", "publish": "publishing weights",
+    "checkpoint": "writing checkpoints", "log": "logging", "env": "stepping environments",
+    "inference": "in inference", "pull": "pulling weights", "rest": "elsewhere",
+}  # fmt: skip
+
+
+def bottleneck(row: dict, idle: float = 0.1) -> str:
+    """Which side of a run holds up the other, in words, from a metrics row.
+
+    Only waiting decides: the side that waits less is the bottleneck, and is described by the share
+    it spends most of its time in.
+
+    1. No `time/learner/*` and no `time/actor/*`: "not known yet".
+    2. Both sides wait less than `idle` of their time: "balanced: ...".
+    3. Both wait `idle` or more, within 0.1 of each other: "turns: ...", as in lockstep.
+    4. The actors wait more: "learner: ..."; the learner waits more: "actors: ...". Actors wait for
+       room when the ring is 95 % full and the limiter does not hold them, else for permission.
+    """
+    sides = []
+    for prefix in ("time/learner/", "time/actor/"):
+        found = {name.removeprefix(prefix): row[name] for name in row if name.startswith(prefix)}
+        sides.append({name: share for name, share in found.items() if share is not None})
+    if not any(sides):
+        return "not known yet"
+    learner_wait, actor_wait = (shares.pop("wait", 0.0) for shares in sides)
+    most = [max(shares, key=shares.get, default="rest") for shares in sides]
+    learner, actors = (percent(shares.get(m, 0.0)) for shares, m in zip(sides, most, strict=True))
+    learner_does, actors_do = (_DOING.get(m, f"in {m}") for m in most)
+    if max(learner_wait, actor_wait) < idle:
+        return f"balanced: learner {learner} {learner_does}, actors {actors} {actors_do}"
+    learner_waits, actors_wait = f"waits {percent(learner_wait)}", f"wait {percent(actor_wait)}"
+    if min(learner_wait, actor_wait) >= idle and abs(learner_wait - actor_wait) < 0.1:
+        return f"turns: the learner {learner_waits} of its time, actors {actors_wait}"
+    if actor_wait > learner_wait:
+        full = (row.get("ring/fill") or 0) >= 0.95 and row.get("limiter/waiting") != "actors"
+        cause = "room in the ring" if full else "permission"
+        return f"learner: {learner} of its time {learner_does}; actors {actors_wait} for {cause}"
+    return f"actors: the learner {learner_waits} for data; actors spend {actors} {actors_do}"
+
+
+def percent(fraction: float) -> str:
+    """0.831 as "83 %"."""
+    return f"{100 * fraction:.0f} %"

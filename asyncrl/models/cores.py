@@ -1,0 +1,44 @@
+"""Cores: what a network remembers between observations. `first` cuts every memory.
+
+A core is called with (T, B, ...) inputs, `first` (T, B) and the state before row 0, and returns its
+output and the state after row T-1. Its state is a dict of (B, ...) tensors that the actors send
+with each unroll.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class FrameStack(nn.Module):
+    """The last k frames of the episode; the state is the last k-1 frames seen.
+
+    Before the opening frame of an episode the stack repeats that frame, as Gymnasium's
+    FrameStackObservation does. Frames cross the wire and lie in the replay once, un-stacked.
+    """
+
+    def __init__(self, size: int, frame_shape: tuple[int, ...], dtype: torch.dtype):
+        super().__init__()
+        self.size, self.frame_shape, self.dtype = size, frame_shape, dtype
+
+    def initial_state(self, num_envs: int) -> dict[str, Tensor]:
+        if self.size == 1:
+            return {}
+        shape = (num_envs, self.size - 1, *self.frame_shape)
+        return {"frames": torch.zeros(shape, dtype=self.dtype)}
+
+    def forward(self, frames: Tensor, first: Tensor, state: dict) -> tuple[Tensor, dict]:
+        """(T, B, *frame) -> (T, B, k, *frame), oldest frame first."""
+        if self.size == 1:
+            return frames.unsqueeze(2), state
+        T, B = first.shape
+        before = self.size - 1
+        history = torch.cat([state["frames"].transpose(0, 1), frames])  # (k-1+T, B, *frame)
+        row = torch.arange(before, before + T, device=first.device).unsqueeze(1).expand(T, B)
+        env = torch.arange(B, device=first.device).expand(T, B)
+        # Row at which the episode of each row opened; the state's own rows are already cut.
+        opened = torch.where(first, row, 0).cummax(0).values
+        rows = [torch.maximum(row - back, opened) for back in range(before, -1, -1)]
+        stack = torch.stack([history[r, env] for r in rows], dim=2)
+        return stack, {"frames": stack[-1, :, 1:]}

@@ -1,0 +1,132 @@
+"""Torsos: from observations of any space to a vector of features, one row a sample."""
+
+from __future__ import annotations
+
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+
+def scale(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
+    """Orthogonal weights of the given gain and zero bias."""
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class NatureTorso(nn.Module):
+    """Three convolutions and a layer of Mnih et al. 2015, for images of at least 36 x 36."""
+
+    def __init__(self, channels: int, height: int, width: int, features: int):
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            scale(nn.Conv2d(channels, 32, 8, 4)), nn.ReLU(),
+            scale(nn.Conv2d(32, 64, 4, 2)), nn.ReLU(),
+            scale(nn.Conv2d(64, 64, 3, 1)), nn.ReLU(), nn.Flatten(),
+        )  # fmt: skip
+        with torch.no_grad():
+            flat = self.convolutions(torch.zeros(1, channels, height, width)).shape[1]
+        self.linear = scale(nn.Linear(flat, features))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.relu(self.linear(self.convolutions(image)))
+
+
+class SmallImageTorso(nn.Module):
+    """One 3 x 3 convolution and a layer (Young and Tian 2019, MinAtar), for tiny images."""
+
+    def __init__(self, channels: int, height: int, width: int, features: int):
+        super().__init__()
+        self.convolution = scale(nn.Conv2d(channels, 16, 3, padding=1))
+        self.linear = scale(nn.Linear(16 * height * width, features))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.relu(self.linear(torch.relu(self.convolution(image)).flatten(1)))
+
+
+class ImageEncoder(nn.Module):
+    """(N, k, *frame) of stacked grey (H, W) or colour (H, W, C) / (C, H, W) frames -> (N, features)."""
+
+    def __init__(self, space: spaces.Box, stack: int, features: int):
+        super().__init__()
+        shape = space.shape
+        self.channels_last_frames = len(shape) == 3 and shape[2] < shape[0]
+        if len(shape) == 2:
+            (height, width), channels = shape, 1
+        elif self.channels_last_frames:
+            height, width, channels = shape
+        else:
+            channels, height, width = shape
+        self.pixel_scale = 1 / 255 if space.dtype == "uint8" else 1.0
+        torso = NatureTorso if min(height, width) >= 36 else SmallImageTorso
+        self.torso = torso(channels * stack, height, width, features)
+        self.features = features
+
+    def forward(self, frames: Tensor) -> Tensor:
+        if self.channels_last_frames:
+            frames = frames.movedim(-1, 2)
+        image = frames.flatten(1, -3)  # (N, k * C, H, W)
+        # Straight from bytes to the type the convolutions compute in: one pass, not two.
+        device_type = image.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocast else self.torso_dtype
+        image = image.to(dtype, memory_format=torch.channels_last) * self.pixel_scale
+        return self.torso(image)
+
+    @property
+    def torso_dtype(self) -> torch.dtype:
+        return next(self.torso.parameters()).dtype
+
+
+class VectorEncoder(nn.Module):
+    """(N, k, *shape) numbers, flags or one-hot categories -> (N, features) by an MLP."""
+
+    def __init__(self, space: spaces.Space, stack: int, hidden: tuple[int, ...]):
+        super().__init__()
+        self.categories = None
+        size = stack * spaces.flatdim(space)
+        if isinstance(space, spaces.Discrete):
+            self.categories, self.start = int(space.n), int(space.start)
+        elif isinstance(space, spaces.MultiDiscrete):
+            size = stack * len(space.nvec.flat)
+        sizes = (size, *hidden)
+        layers: list[nn.Module] = []
+        for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+            layers += [scale(nn.Linear(inputs, outputs)), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
+        self.features = sizes[-1]
+
+    def forward(self, values: Tensor) -> Tensor:
+        if self.categories is not None:
+            values = nn.functional.one_hot(values - self.start, self.categories)
+        return self.layers(values.flatten(1).to(self.layers[0].weight.dtype))
+
+
+def encoder(space: spaces.Space, stack: int, features: int, hidden: tuple[int, ...]) -> nn.Module:
+    """The torso that serves a space: images by convolutions, the rest by an MLP, trees by parts."""
+    if isinstance(space, (spaces.Dict, spaces.Tuple)):
+        return TreeEncoder(space, features, hidden)
+    if isinstance(space, spaces.Box) and len(space.shape) in (2, 3):
+        return ImageEncoder(space, stack, features)
+    return VectorEncoder(space, stack, hidden)
+
+
+class TreeEncoder(nn.Module):
+    """Dict and Tuple observations: an encoder a part, features side by side."""
+
+    def __init__(self, space: spaces.Dict | spaces.Tuple, features: int, hidden: tuple[int, ...]):
+        super().__init__()
+        is_dict = isinstance(space, spaces.Dict)
+        parts = space.spaces.items() if is_dict else enumerate(space.spaces)
+        self.keys = [key for key, _ in parts]
+        parts = [space.spaces[key] for key in self.keys]
+        self.parts = nn.ModuleList(encoder(part, 1, features, hidden) for part in parts)
+        self.features = sum(part.features for part in self.parts)
+
+    def forward(self, tree) -> Tensor:
+        """Leaves are (N, ...) without a stack axis, or trees of such."""
+        outputs = []
+        for key, part in zip(self.keys, self.parts, strict=True):
+            value = tree[key]
+            outputs.append(part(value if isinstance(part, TreeEncoder) else value.unsqueeze(1)))
+        return torch.cat(outputs, dim=1)

@@ -1,0 +1,58 @@
+"""The two-sided rate limit: whichever of collecting and learning is ahead waits."""
+
+from __future__ import annotations
+
+from math import floor
+
+
+class RateLimiter:
+    """Keeps `sampled / (inserted - learning_starts)` at `samples_per_insert`.
+
+    Learning never runs ahead of that ratio; collecting may be ahead of it by at most `tolerance`
+    env steps, which must cover one unroll of every lane and the env steps of one batch, or the two
+    sides would wait for each other: refused at construction.
+    """
+
+    def __init__(
+        self,
+        samples_per_insert: float,
+        batch_size: int,
+        learning_starts: int,
+        tolerance: int,
+        round_env_steps: int,
+    ):
+        if samples_per_insert <= 0 or batch_size < 1 or learning_starts < 0:
+            raise ValueError(
+                "expected samples_per_insert > 0, batch_size >= 1 and learning_starts >= 0, got "
+                f"{samples_per_insert}, {batch_size} and {learning_starts}"
+            )
+        least = floor(round_env_steps + batch_size / samples_per_insert)
+        if tolerance == 0:
+            tolerance = 2 * least
+        if tolerance < least:
+            raise ValueError(
+                f"expected a tolerance of at least {least} env steps, got {tolerance}: one unroll "
+                f"of every lane is {round_env_steps} env steps and one batch stands for "
+                f"{batch_size / samples_per_insert:g}; with less, actors and learner would wait "
+                "for each other. Raise the tolerance or shorten the unrolls"
+            )
+        self.samples_per_insert = samples_per_insert
+        self.batch_size = batch_size
+        self.learning_starts = learning_starts
+        self.tolerance = tolerance
+        self.inserted = 0  # env steps
+        self.sampled = 0  # transitions
+
+    def updates_allowed(self) -> int:
+        """Batches that may be drawn now."""
+        owed = self.samples_per_insert * (self.inserted - self.learning_starts) - self.sampled
+        return max(0, floor(owed / self.batch_size))
+
+    def insert_limit(self) -> float:
+        """Env steps that may have been started in all."""
+        return self.learning_starts + self.sampled / self.samples_per_insert + self.tolerance
+
+    def actual(self) -> float:
+        """Samples per insert so far, nan before learning starts."""
+        learned_from = self.inserted - self.learning_starts
+        return self.sampled / learned_from if learned_from > 0 else float("nan")

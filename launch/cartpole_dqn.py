@@ -1,0 +1,28 @@
+"""CartPole-v1 with DQN."""
+
+from asyncrl.actor import ActorConfig
+from asyncrl.algorithms.dqn import DQNConfig, ReplayConfig
+from asyncrl.config import Config, main
+from asyncrl.envs import EnvConfig
+from asyncrl.evaluate import EvaluationConfig
+from asyncrl.models import ModelConfig
+from asyncrl.policies import EpsilonGreedy, Linear
+
+config = Config(
+    env=EnvConfig("CartPole-v1"),
+    model=ModelConfig(hidden=(128, 128)),
+    policy=EpsilonGreedy(Linear(1.0, 0.04, 10_000)),
+    algorithm=DQNConfig(
+        learning_rate=5e-4,
+        batch_size=64,
+        target_period=200,
+        reward_clip=0,
+        replay=ReplayConfig(capacity=100_000, samples_per_insert=16, learning_starts=1_000),
+    ),
+    actor=ActorConfig(lanes_per_actor=1, envs_per_lane=4, unroll_length=8),
+    evaluation=EvaluationConfig(period_steps=0),
+    total_env_steps=100_000,
+)
+
+if __name__ == "__main__":
+    main(__file__)

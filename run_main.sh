@@ -1,0 +1,168 @@
+#!/usr/bin/env bash
+# Starts a run, or resumes it: in nvidia-docker where that is configured, else in a local .venv.
+set -euo pipefail
+
+repo=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")
+
+usage() {
+  cat <<'EOF'
+usage: ./run_main.sh RUN_ID [LAUNCH_FILE] [--option value ...]
+
+Starts the run RUN_ID, or resumes it if it exists, and does all the set-up that it needs.
+
+  RUN_ID        the name of the run; its files go to runs/RUN_ID
+  LAUNCH_FILE   the experiment; launch/breakout_dqn.py if not given. A relative path is taken from
+                the current folder first, then from this repository.
+  --option      an option of the launch file's config, e.g. --seed 1 --total-env-steps 20000
+
+environment:
+  ASYNCRL_RUNTIME   docker or local forces one; otherwise docker where it has the nvidia runtime
+  ASYNCRL_RUNS      the folder that holds the runs, instead of runs/ in this repository
+
+exit status: 0 finished, 1 failed, 2 refused, 130 after SIGINT, 143 after SIGTERM
+EOF
+}
+
+# Every refusal says what is wrong, what was expected, what came and what to do, a line each.
+refuse() {
+  printf '%s\n' "$@" >&2
+  exit 2
+}
+
+check_run_id() {
+  local LC_ALL=C # a-z means the 26 letters, in every language
+  [[ $1 =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]*$ ]] || refuse "bad RUN_ID" \
+    "expected: letters, digits, '_', '.' and '-', not beginning with '.' or '-'" \
+    "got:      '$1'" \
+    "to do:    choose a name such as breakout_1 (./run_main.sh --help tells the rest)"
+}
+
+# The absolute path of a launch file, as it was named by the caller.
+find_launch_file() {
+  local place
+  local -a places=("$PWD/$1" "$repo/$1")
+  [[ $1 == /* ]] && places=("$1")
+  for place in "${places[@]}"; do
+    if [[ -f $place ]]; then
+      readlink -f -- "$place"
+      return
+    fi
+  done
+  refuse "no such launch file" \
+    "expected: a Python file in the current folder or in $repo, or an absolute path" \
+    "got:      '$1'" \
+    "to do:    name one of your own, or one of these:" \
+    "$(cd -- "$repo" && find launch -name '*.py' | LC_ALL=C sort | sed 's/^/          /')"
+}
+
+# Names the runtimes that docker has. Fails where no daemon answers, and soon: one that hangs must
+# not hold up a run that can do without it.
+docker_runtimes() {
+  timeout --kill-after=1 5 docker info --format '{{json .Runtimes}}' </dev/null 2>/dev/null
+}
+
+choose_runtime() {
+  case ${ASYNCRL_RUNTIME:-} in
+    '')
+      if [[ $(docker_runtimes) == *'"nvidia"'* ]]; then echo docker; else echo local; fi
+      ;;
+    docker)
+      docker_runtimes >/dev/null || refuse "ASYNCRL_RUNTIME=docker, but docker cannot be used" \
+        "expected: a docker daemon that answers 'docker info' within 5 seconds" \
+        "got:      none" \
+        "to do:    start it, or allow this user to use it, or set ASYNCRL_RUNTIME=local"
+      echo docker
+      ;;
+    local) echo local ;;
+    *)
+      refuse "bad ASYNCRL_RUNTIME" \
+        "expected: docker or local" \
+        "got:      '$ASYNCRL_RUNTIME'" \
+        "to do:    unset it to let the machine decide"
+      ;;
+  esac
+}
+
+run_local() {
+  # shellcheck source=setup_env.sh
+  source "$repo/setup_env.sh"
+  setup_env "$repo/.venv" all
+  echo "run $run_id: with $repo/.venv, in $ASYNCRL_RUNS/$run_id" >&2
+  # exec: signals go to asyncrl itself, and its exit status is ours.
+  exec "$repo/.venv/bin/asyncrl" train "$launch_file" "$run_id" "$@"
+}
+
+# A name for what is in the image: it changes with every file that goes into it, and with no other.
+image_name() {
+  local digest
+  digest=$(cd -- "$repo" && find docker/Dockerfile .dockerignore pyproject.toml setup.cfg \
+    constraints.txt asyncrl -type f -not -path '*/__pycache__/*' -print0 |
+    LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum)
+  echo "asyncrl:${digest:0:12}"
+}
+
+run_docker() {
+  local image container=asyncrl-$run_id
+  local -a terminal=()
+
+  case $(docker container inspect --format '{{.State.Running}}' "$container" 2>/dev/null) in
+    true)
+      refuse "run $run_id is already going, in container $container" \
+        "to watch it:  docker logs --follow $container" \
+        "to end it:    docker stop $container"
+      ;;
+    false) docker container rm "$container" >/dev/null ;; # left by a daemon that was killed
+  esac
+
+  image=$(image_name)
+  if ! docker image inspect "$image" >/dev/null 2>&1; then
+    echo "building the image $image; this takes some minutes" >&2
+    docker build --file "$repo/docker/Dockerfile" --tag "$image" "$repo" >&2 || exit 1
+  fi
+
+  # Made here, or docker would make it, and it would belong to root.
+  mkdir -p -- "$ASYNCRL_RUNS/$run_id"
+  [[ -t 0 && -t 1 ]] && terminal=(--interactive --tty)
+  echo "run $run_id: with the image $image, in $ASYNCRL_RUNS/$run_id" >&2
+
+  # exec: docker passes signals on to the container, and the exit status back. A trap here that did
+  # the same would make two signals of one, and the second means "stop now, save nothing".
+  exec docker run --rm --init --gpus all --stop-timeout 60 --name "$container" \
+    "${terminal[@]}" --user "$(id -u):$(id -g)" \
+    --mount "type=bind,source=$ASYNCRL_RUNS/$run_id,target=/runs/$run_id" \
+    --mount "type=bind,source=$(dirname -- "$launch_file"),target=/launch,readonly" \
+    --env MALLOC_MMAP_THRESHOLD_ --env MALLOC_TRIM_THRESHOLD_ \
+    "$image" train "/launch/$(basename -- "$launch_file")" "$run_id" "$@"
+}
+
+if (($# == 0)); then
+  usage >&2
+  exit 2
+fi
+if [[ $1 == -h || $1 == --help ]]; then
+  usage
+  exit
+fi
+
+run_id=$1
+shift
+check_run_id "$run_id"
+
+launch_file=$repo/launch/breakout_dqn.py
+if (($# > 0)) && [[ $1 != -* ]]; then
+  launch_file=$1
+  shift
+fi
+launch_file=$(find_launch_file "$launch_file")
+
+ASYNCRL_RUNS=${ASYNCRL_RUNS:-$repo/runs}
+[[ $ASYNCRL_RUNS == /* ]] || ASYNCRL_RUNS=$PWD/$ASYNCRL_RUNS
+export ASYNCRL_RUNS
+
+# glibc is told to keep freed memory: this halves the time of a training step on the CPU, and it
+# counts only if it is there before Python starts.
+export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_-1073741824}
+export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-4294967296}
+
+runtime=$(choose_runtime)
+"run_$runtime" "$@"
