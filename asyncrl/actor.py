@@ -10,13 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import nn
 
 from asyncrl.envs import EnvGroup, seed_for
+from asyncrl.models.precision import Precision, computes_in_bfloat16
 from asyncrl.policies import Context, Mixture, unroll_rng
 from asyncrl.transport.ring import Ring, UnrollWriter, Word
 from asyncrl.transport.weights import WeightsReader
@@ -44,8 +44,8 @@ class ActorConfig:
     """Unrolls a lane can hold before the actor waits."""
     device: str = "cpu"
     """Where the net acts."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the acting copy of the weights."""
+    precision: Precision = "auto"
+    """Of the acting copy of the weights. auto: bfloat16 where the hardware multiplies it."""
     num_threads: int = 1
     """Torch threads for acting."""
     nice: int = 19
@@ -106,7 +106,7 @@ class Actor:
         self.index, self.config, self.weights = index, config, weights
         self.device = torch.device(config.device)
         self.model = model.to(self.device).eval().requires_grad_(False)
-        if config.precision == "bfloat16":
+        if computes_in_bfloat16(config.precision, self.device):
             self.model.to(torch.bfloat16)
         self.policy, self.seed, self.generation = policy, seed, generation
         self.lanes = [LaneState(lane, ring, make_envs) for lane, ring in rings.items()]
@@ -138,6 +138,11 @@ class Actor:
         for lane, unroll in zip(self.lanes, unrolls, strict=True):
             self._finish(lane, unroll, T - 1)
             lane.writer.commit()
+
+    def idle(self) -> None:
+        """To be called now and then while there is nothing to play."""
+        self._spend(Word.TIME_WAIT)
+        self.beat()
 
     def close(self) -> None:
         for lane in self.lanes:

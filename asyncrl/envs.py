@@ -18,10 +18,12 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from multiprocessing.connection import wait
+from typing import Annotated, Any, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
+import tyro
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
@@ -64,7 +66,9 @@ class EnvDataError(RuntimeError):
 class EnvConfig:
     """Which environment, and how it is run."""
 
-    id: str | Callable[..., VectorEnv] = "ALE/Breakout-v5"
+    id: Annotated[str | Callable[..., VectorEnv], tyro.conf.arg(constructor=str)] = (
+        "ALE/Breakout-v5"
+    )
     """A Gymnasium id ("ALE/Breakout-v5", "CartPole-v1", "module:Name-v0"), an import string
     ("module:callable"), or any callable(num_envs, **kwargs) that returns a VectorEnv."""
 
@@ -162,11 +166,14 @@ def seed_for(seed: int, lane: int, generation: int) -> int:
 
 
 def make_envs(config: EnvConfig, num_envs: int) -> EnvGroup:
-    """Build B environments and check what they are."""
+    """Build B environments and check what they are.
+
+    Async workers die with the thread that calls this, as Linux counts parents by thread.
+    """
     config = config.resolved()
     try:
         env = _make_vector_env(config, num_envs)
-    except EOFError as error:
+    except (EOFError, ConnectionError) as error:
         raise EnvDied(f"{config.id}: a worker died at its start, see its traceback") from error
     try:
         return EnvGroup(env, config, num_envs)
@@ -205,7 +212,12 @@ def _import(name: str) -> Callable[..., VectorEnv]:
 
 def _find_id(name: str) -> None:
     """Register what the id needs; refuse an unknown one with the nearest known."""
-    known_as = name.rpartition(":")[2]
+    module, _, known_as = name.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"env.id: cannot import {name!r}: {error}") from error
     if known_as.startswith("ALE/"):
         try:
             import ale_py
@@ -213,7 +225,7 @@ def _find_id(name: str) -> None:
             raise ValueError(f"env.id: {name!r} needs pip install 'asyncrl[atari]'") from error
         gym.register_envs(ale_py)
     try:
-        gym.spec(name)
+        gym.spec(known_as)
     except gym.error.UnregisteredEnv as error:
         near = difflib.get_close_matches(known_as, gym.registry, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else "."
@@ -246,10 +258,11 @@ class EnvGroup:
     """
 
     def __init__(self, env: VectorEnv, config: EnvConfig, num_envs: int):
-        self._is_ale = type(env).__module__.startswith("ale_py")
-        self._is_async = isinstance(env, AsyncVectorEnv)
+        _check_vector_env(env, config, num_envs)
         is_gymnasium = isinstance(env, AsyncVectorEnv | SyncVectorEnv)
-        _check_vector_env(env, config, num_envs, self._is_ale)
+        self._is_async = isinstance(env, AsyncVectorEnv)
+        self._is_ale = _is_ale(env)
+        self._sends = self._is_ale and env.unwrapped is env  # a wrapper has step() alone
         # Without shared memory AsyncVectorEnv does not cancel its own reset (Gymnasium 1.4).
         resets_some = self._is_ale or (is_gymnasium and getattr(env, "shared_memory", True))
         if config.max_idle_steps and not resets_some:
@@ -260,7 +273,7 @@ class EnvGroup:
         self.num_envs = num_envs
         self._env, self._config = env, config
         # Theirs are new arrays each time; anybody else's may be one buffer, written again.
-        self._copies = not (self._is_ale or (is_gymnasium and env.copy))
+        self._copies = not (self._sends or (is_gymnasium and env.copy))
         atari = (_ATARI | config.kwargs | config.atari) if self._is_ale or config.is_ale else {}
         self.env_step_frames = int(atari.get("frameskip", 1))
         self._max_frames = atari.get("max_num_frames_per_episode")
@@ -274,7 +287,7 @@ class EnvGroup:
 
     def reset(self, seed: int) -> Any:
         """Start every game anew: obs[0], whose `first` is True everywhere."""
-        obs, info = self._env.reset(seed=int(seed))
+        obs, info = self._reset(seed=int(seed))
         B = self.num_envs
         self._ended = np.zeros(B, bool)  # the row to come is a reset step ...
         self._cut = np.zeros(B, bool)  # ... that the env knows nothing of: we ended the game
@@ -290,33 +303,32 @@ class EnvGroup:
         if action.shape != expected:
             raise ValueError(f"actions: expected shape {expected}, got {action.shape}")
         # ALE never answers an action out of range: the thread that meets it drops the row.
-        if self._is_ale and isinstance(space, spaces.Discrete):
-            if action.min() < 0 or action.max() >= space.n:
-                raise ValueError(f"actions: expected 0 to {space.n - 1}, got {action.tolist()}")
+        in_range = not isinstance(space, spaces.Discrete) or ((action >= 0) & (action < space.n))
+        if not np.all(in_range):
+            raise ValueError(f"actions: expected 0 to {space.n - 1}, got {action.tolist()}")
         action = action.astype(space.dtype, casting="same_kind", copy=False)
         self._action = action if self._action_start is None else action + self._action_start
-        if self._is_ale:
+        if self._sends:
             self._env.send(self._action)
         elif self._is_async:
             try:
                 self._env.step_async(self._action)
-            except OSError as error:
+            except ConnectionError as error:
                 raise self._died() from error
 
     def recv(self, timeout_seconds: float | None = None) -> Step:
         """Finish the step. Only of AsyncVectorEnv can one tire after `timeout_seconds`."""
         obs, reward, terminated, truncated, info = self._finish(timeout_seconds)
+        if self._cut.any():  # these took one step too many: forget it, reset them now
+            obs, new_info = self._reset(options={"reset_mask": self._cut.copy()})
+            info, going_on = info | new_info, ~self._cut
+            reward = reward * going_on
+            terminated, truncated = terminated & going_on, truncated & going_on
         reset_step = self._ended
-        if reset_step.any():
-            if self._cut.any():  # these took one step too many: forget it, reset them now
-                obs, new_info = self._env.reset(options={"reset_mask": self._cut.copy()})
-                info = info | new_info
-            reward = np.where(reset_step, 0, reward)
-            terminated, truncated = terminated & ~self._cut, truncated & ~self._cut
         reward = np.array(reward, np.float32)
         terminated, truncated = np.array(terminated, bool), np.array(truncated, bool)
         game_over = terminated | truncated
-        self._check(reward, game_over & reset_step, info)
+        self._check(reward, (game_over | (reward != 0)) & reset_step, info)
 
         self._return = self._return + reward
         self._length = self._length + ~reset_step
@@ -351,8 +363,16 @@ class EnvGroup:
         if env is not None:
             _close(env)
 
+    def _reset(self, **kwargs) -> tuple[Any, dict]:
+        try:
+            return self._env.reset(**kwargs)
+        except (EOFError, ConnectionError) as error:
+            if not self._is_async:
+                raise
+            raise self._died() from error
+
     def _finish(self, timeout_seconds: float | None) -> tuple:
-        if self._is_ale:
+        if self._sends:
             return self._env.recv()
         if not self._is_async:
             return self._env.step(self._action)
@@ -370,23 +390,26 @@ class EnvGroup:
             raise self._died() from error
 
     def _died(self) -> EnvDied:
+        workers = self._env.processes
+        gone = wait([worker.sentinel for worker in workers], timeout=1)
         dead = []
-        for i, process in enumerate(self._env.processes):
-            process.join(0.1)  # a pipe breaks a moment before its process can be waited for
-            if process.exitcode is not None:
-                dead.append(f"{i} (pid {process.pid}, exit code {process.exitcode})")
-        return EnvDied(f"{self._config.id}: the process of environment {', '.join(dead)} died")
+        for i, worker in enumerate(workers):
+            if worker.sentinel in gone:
+                worker.join(1)  # its files close a moment before its exit code is known
+                dead.append(f"{i} (pid {worker.pid}, exit code {worker.exitcode})")
+        who = ", ".join(dead) or "?"
+        return EnvDied(f"{self._config.id}: the process of environment {who} died")
 
-    def _check(self, reward: np.ndarray, ended_at_reset: np.ndarray, info: dict) -> None:
+    def _check(self, reward: np.ndarray, no_reset: np.ndarray, info: dict) -> None:
         if not np.isfinite(reward).all():
             raise EnvDataError(
                 f"{self._config.id}: expected finite rewards, got {reward.tolist()} for actions "
                 f"{self._action.tolist()}"
             )
-        if "final_obs" in info or ended_at_reset.any():
+        if "final_obs" in info or no_reset.any():
             raise EnvDataError(
-                f"{self._config.id}: expected a step that only resets after an end, as autoreset "
-                "NEXT_STEP has it, got something else; check the mode the env really has"
+                f"{self._config.id}: expected the step after an end to reset and do no more, as "
+                "autoreset NEXT_STEP has it, got a reward or an end; check the env's autoreset"
             )
 
     def _observation(self, obs: Any) -> Any:
@@ -407,22 +430,28 @@ class EnvGroup:
         return obs.copy() if self._copies else obs
 
 
-def _check_vector_env(env: Any, config: EnvConfig, num_envs: int, is_ale: bool) -> None:
+def _is_ale(env: VectorEnv) -> bool:
+    return type(env.unwrapped).__module__.startswith("ale_py")
+
+
+def _check_vector_env(env: Any, config: EnvConfig, num_envs: int) -> None:
     if not isinstance(env, VectorEnv):
         raise ValueError(
             f"env.id: expected {config.id} to make a gymnasium.vector.VectorEnv, got "
             f"{type(env).__name__}; wrap it as SyncVectorEnv([make_one] * num_envs)"
         )
-    batch = env.batch_size if is_ale else num_envs
+    batch = env.unwrapped.batch_size if _is_ale(env) else num_envs
     if env.num_envs != num_envs or batch != num_envs:
         raise ValueError(
             f"env.id: expected {config.id} to make {num_envs} environments stepped together, got "
             f"{env.num_envs} in batches of {batch}"
         )
-    # AtariVectorEnv writes its mode into VectorEnv's own dict, which all without one inherit.
-    inherits = env.metadata is VectorEnv.metadata and not is_ale
-    mode = env.autoreset_mode if is_ale else env.metadata.get("autoreset_mode")
-    if mode is None or inherits:
+    mode = env.metadata.get("autoreset_mode")
+    if _is_ale(env):
+        mode = env.unwrapped.autoreset_mode
+    elif env.metadata is VectorEnv.metadata:
+        mode = None  # it has none: AtariVectorEnv left its own in the class's dict
+    if mode is None:
         message = f"{config.id}: no metadata['autoreset_mode']; taken for NEXT_STEP, as Gymnasium"
         warnings.warn(message + " does", stacklevel=4)
     elif AutoresetMode(mode) is not AutoresetMode.NEXT_STEP:

@@ -191,7 +191,7 @@ class _AppendFile:
         self.append(b"")
 
     def append(self, data: bytes) -> bool:
-        """Whether all of `data` was written; if not, none of it was, or what was will be cut."""
+        """Whether all of `data` was written."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Opened anew each time: a descriptor would go on swallowing lines after a deletion.
@@ -202,11 +202,10 @@ class _AppendFile:
                         self.size = _end_of_last_line(file, self.size)
                     file.truncate(self.size)
                 data = data if self.size else self._header + data
-                whole = file.write(data) == len(data)
-                if not whole:
-                    file.truncate(self.size)
-                self.size += whole * len(data)
-                return whole
+                if file.write(data) < len(data):  # the part is cut by the next call
+                    return False
+                self.size += len(data)
+                return True
         except OSError:
             return False
 
@@ -223,8 +222,9 @@ class _TensorBoardFile(_AppendFile):
 
         self._event, self._summary, self._record_writer = Event, Summary, RecordWriter
         start = SessionLog(status=SessionLog.START)
+        steps = read_metrics(folder).get("env_steps", np.array([]))
         header = self._record(file_version="brain.Event:2")
-        header += self._record(session_log=start, step=_last_env_steps(folder) + 1)
+        header += self._record(session_log=start, step=int(np.fmax.reduce(steps, initial=-1)) + 1)
         path = folder / "tensorboard" / f"events.out.tfevents.{time.time_ns()}"
         super().__init__(path, header=header, lines=False)
 
@@ -264,12 +264,8 @@ def _end_of_last_line(file, size: int) -> int:
 
 def _complete_lines(path: Path) -> Iterator[str]:
     """The lines of a file somebody may be writing to, without a torn last one; none if no file."""
-    with suppress(FileNotFoundError), open(path, errors="replace", newline="\n") as file:
-        yield from (line[:-1] for line in file if line.endswith("\n"))
-
-
-def _last_env_steps(folder: Path) -> int:
-    return int(np.fmax.reduce(read_metrics(folder).get("env_steps", np.array([])), initial=-1))
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        yield from (line[:-1].decode("utf-8", "replace") for line in file if line[-1:] == b"\n")
 
 
 def read_metrics(run_folder) -> dict[str, np.ndarray]:
@@ -294,7 +290,8 @@ def read_episodes(run_folder) -> dict[str, np.ndarray]:
     rows = []
     for cells in csv.reader(_complete_lines(Path(run_folder) / "episodes.csv")):
         with suppress(ValueError):
-            rows.append([t(c) for t, c in zip(EPISODE_COLUMNS.values(), cells, strict=True)])
+            pairs = zip(EPISODE_COLUMNS.values(), cells, strict=True)
+            rows.append([kind(cell) for kind, cell in pairs])
     columns = zip(*rows, strict=True) if rows else [()] * len(EPISODE_COLUMNS)
     return {
         name: np.array(values, dtype=object if kind is str else kind)
@@ -354,14 +351,16 @@ def parse_events(lines: Iterable[str]) -> list[Event]:
     """Events of complete lines of events.log; lines that belong to none are passed over."""
     events: list[Event] = []
     for line in lines:
-        if match := _EVENT.fullmatch(line):
-            stamp, kind, text, fields = match.groups()
-            moment = datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
-            events.append(Event(moment, kind, text))
-            for name, value in _FIELD.findall(fields or ""):
-                events[-1].fields[name] = json.loads(value) if value[0] == '"' else value
-        elif line.startswith("    ") and events:
+        if line.startswith("    ") and events:
             events[-1].text += "\n" + line[4:]
+        with suppress(AttributeError, ValueError):  # not ours
+            stamp, kind, text, fields = _EVENT.fullmatch(line).groups()
+            moment = datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
+            found = {
+                name: json.loads(value) if value[0] == '"' else value
+                for name, value in _FIELD.findall(fields or "")
+            }
+            events.append(Event(moment, kind, text, found))
     return events
 
 
@@ -389,16 +388,21 @@ def bottleneck(row: dict, idle: float = 0.1) -> str:
     4. The actors wait more: "learner: ..."; the learner waits more: "actors: ...". Actors wait for
        room when the ring is 95 % full and the limiter does not hold them, else for permission.
     """
-    sides = []
-    for prefix in ("time/learner/", "time/actor/"):
-        found = {name.removeprefix(prefix): row[name] for name in row if name.startswith(prefix)}
-        sides.append({name: share for name, share in found.items() if share is not None})
+    sides = [
+        {
+            name.removeprefix(side): share
+            for name, share in row.items()
+            if name.startswith(side) and share is not None and math.isfinite(share)
+        }
+        for side in ("time/learner/", "time/actor/")
+    ]
     if not any(sides):
         return "not known yet"
     learner_wait, actor_wait = (shares.pop("wait", 0.0) for shares in sides)
-    most = [max(shares, key=shares.get, default="rest") for shares in sides]
-    learner, actors = (percent(shares.get(m, 0.0)) for shares, m in zip(sides, most, strict=True))
-    learner_does, actors_do = (_DOING.get(m, f"in {m}") for m in most)
+    busiest = (max(shares.items(), key=lambda x: x[1], default=("rest", 0.0)) for shares in sides)
+    (learner_does, learner), (actors_do, actors) = (
+        (_DOING.get(name, f"in {name}"), percent(share)) for name, share in busiest
+    )
     if max(learner_wait, actor_wait) < idle:
         return f"balanced: learner {learner} {learner_does}, actors {actors} {actors_do}"
     learner_waits, actors_wait = f"waits {percent(learner_wait)}", f"wait {percent(actor_wait)}"

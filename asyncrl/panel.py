@@ -1,5 +1,6 @@
 """The run on a terminal, from its files only: the supervisor and `asyncrl watch` show the same."""
 
+import errno
 import json
 import math
 import os
@@ -24,6 +25,10 @@ COLORS = {  # of time shares: work is cool, waiting is warm
     "update": "cyan", "env": "cyan", "inference": "blue", "sync": "blue", "publish": "magenta",
     "pull": "magenta", "wait": "yellow", "checkpoint": "green", "log": "white",
 }  # fmt: skip
+EVENT_COLORS = {
+    ("death", "gave-up", "refused", "stuck", "error"): "red",
+    ("restart", "stopping", "warning"): "yellow",
+}
 
 
 class Tail:
@@ -73,7 +78,7 @@ class Panel:
         self._stream = sys.stdout if stream is None else stream
         self._live = None
         if self._stream is not None and self._stream.isatty():
-            console = _Console(file=self._stream)
+            console = Console(file=self._stream)
             if not console.is_dumb_terminal:
                 self._live = Live(console=console, auto_refresh=False, vertical_overflow="crop")
 
@@ -86,34 +91,41 @@ class Panel:
     def refresh(self) -> None:
         """Read what is new and show it."""
         news = self._read()
-        try:
-            if self._live:
-                self._live.start()
-                console = self._live.console
-                self._live.update(self.view(console.width, console.height), refresh=True)
-            elif self._stream is not None:
-                for event in news:
-                    self._print(event.time, f"{event.kind}: {event.text.splitlines()[0]}")
-                if self._unshown and time.monotonic() - self._plain_time >= PLAIN_PERIOD_SECONDS:
-                    self._print_row()
-        except BrokenPipeError:
-            _silence(self._stream)
-        except (OSError, ValueError):  # a full disk behind it, a terminal gone, a closed file
-            pass
+        self._attempt(self._show_live if self._live else self._show_plain, news)
 
     def close(self) -> None:
         """Show the last row and leave the terminal in order."""
         self._plain_time = -math.inf
         self.refresh()
         if self._live:
-            with suppress(OSError, ValueError):
-                self._live.stop()
+            self._attempt(self._live.stop)
 
     def __enter__(self) -> "Panel":
         return self
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+    def _attempt(self, show, *arguments) -> None:
+        try:
+            show(*arguments)
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):  # its reader, its terminal is gone for good
+                with suppress(OSError, ValueError), open(os.devnull, "w") as null:
+                    os.dup2(null.fileno(), self._stream.fileno())
+        except ValueError:  # a closed file
+            pass
+
+    def _show_live(self, news: list[Event]) -> None:
+        self._live.start()
+        console = self._live.console
+        self._live.update(self.view(console.width, console.height), refresh=True)
+
+    def _show_plain(self, news: list[Event]) -> None:
+        for event in news:
+            self._print(event.time, f"{event.kind}: {event.text.splitlines()[0]}")
+        if self._unshown and time.monotonic() - self._plain_time >= PLAIN_PERIOD_SECONDS:
+            self._print_row()
 
     def _read(self) -> list[Event]:
         lines, again = self._metrics.read()
@@ -177,8 +189,7 @@ class Panel:
         for i, event in enumerate(list(self.events)[len(self.events) - room :]):
             if i == 0:
                 table.add_row()
-            bad = any(word in event.kind for word in ("death", "fail", "refus", "error", "stuck"))
-            color = "red" if bad else "yellow" if event.kind in ("restart", "warning") else "green"
+            color = next((c for kinds, c in EVENT_COLORS.items() if event.kind in kinds), "green")
             clock = datetime.fromtimestamp(event.time).strftime("%H:%M:%S")
             text = event.text.splitlines()[0]
             table.add_row(clock, Text.assemble((f"{event.kind:<10}  ", color), text))
@@ -249,19 +260,6 @@ class Panel:
         for i, words in enumerate(row.get("bottleneck", "").split("; ")):
             times.append(("" if i else "bottleneck", Text(words, "bold")))
         return [section for section in (progress, learning, flow, times) if section]
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:  # rich's own would end the process
-        self.quiet = True
-        _silence(self.file)
-
-
-def _silence(stream) -> None:
-    with suppress(OSError, ValueError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())
-        os.close(null)
 
 
 def count(value: float) -> str:

@@ -242,7 +242,7 @@ def run_actor(process: Process, index: int, generation: int) -> None:
     bell = links.actor_bells[index]
 
     def idle() -> bool:
-        actor.beat()
+        actor.idle()
         return links.status.stopping
 
     try:

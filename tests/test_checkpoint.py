@@ -66,6 +66,11 @@ def replace_file(path, name, data):
     forge(path, files=files)
 
 
+def add_file(path, name):
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    forge(path, files=files | {name: files["state.json"]})
+
+
 # Round trips
 
 
@@ -216,15 +221,16 @@ def test_no_flipped_bit_of_a_manifest_changes_what_is_loaded(tmp_path):
     path = save(Checkpoints(tmp_path), 2, segments=[segment_entry()])
     good = (path / "manifest.json").read_bytes()
     expected, num_refused = checkpoint._read_manifest(path), 0
-    for bit in range(8 * len(good)):
-        bad = bytearray(good)
-        bad[bit // 8] ^= 1 << bit % 8
-        (path / "manifest.json").write_bytes(bad)
-        try:
-            # The last digits of a time may mean the same float.
-            assert checkpoint._read_manifest(path) == expected
-        except CheckpointError:
-            num_refused += 1
+    with open(path / "manifest.json", "r+b", buffering=0) as file:
+        for bit in range(8 * len(good)):
+            at, mask = bit // 8, 1 << bit % 8
+            os.pwrite(file.fileno(), bytes([good[at] ^ mask]), at)
+            try:
+                # The last digits of a time may mean the same float.
+                assert checkpoint._read_manifest(path) == expected
+            except CheckpointError:
+                num_refused += 1
+            os.pwrite(file.fileno(), good[at : at + 1], at)
     assert num_refused > 8 * len(good) - 40
 
 
@@ -299,6 +305,8 @@ def test_a_crash_at_any_system_call_leaves_a_valid_checkpoint_and_best(tmp_path,
         assert hidden(folder) == []
         assert [loaded.number for loaded in (after.newest_valid(), after.best())] == news
         assert before.rejected == after.rejected == []
+        for path in folder.iterdir():  # also of what was being pruned, no half is left
+            checkpoint._load(path)
         save(after, 4)
         assert_is(after.newest_valid(), 4)
         if finished:
@@ -444,8 +452,8 @@ HOSTILE = {
     "sizes of another type": lambda p: forge(
         p, files={name: {"nbytes": "9"} for name in FILES[:2]}
     ),
-    "parent folder": lambda p: forge(p, files={"../state.json": {}}),
-    "absolute path": lambda p: forge(p, files={"/etc/passwd": {}}),
+    "parent folder": lambda p: add_file(p, "../state.json"),
+    "absolute path": lambda p: add_file(p, "/etc/passwd"),
     "another number": lambda p: forge(p, number=5),
     "number of another type": lambda p: forge(p, number="2"),
     "no time": lambda p: forge(p, created=None),
@@ -529,13 +537,14 @@ def test_segments_give_back_what_was_appended(tmp_path_factory, segment_nbytes, 
             bases = [b for _, b, first in read_segments(folder, segments, RECORD) if first]
             sizes = np.cumsum([0] + [segment["records"] for segment in segments])
             assert [base["index"] for base in bases] == [got[at] for at in sizes[:-1]]
-            for segment in segments:  # what was listed once never changes
+            for segment in segments:  # what was listed never changes while it is there
                 assert published.setdefault(segment["file"], segment) == segment
             if step == "resume":
                 writer.close()
                 writer = SegmentWriter(folder, RECORD, segment_nbytes, resume=segments)
             writer.delete_unlisted(set())
             assert {p.name for p in folder.iterdir()} == {segment["file"] for segment in segments}
+            published = {segment["file"]: segment for segment in segments}
     writer.close()
 
 
@@ -628,10 +637,12 @@ def test_a_full_disk_breaks_the_writer_and_never_raises_into_training(tmp_path, 
     writer.close()
 
 
-def test_a_removed_folder_is_noticed_at_the_flush(tmp_path):
+@pytest.mark.parametrize("pattern", ["replay", "replay/*"])
+def test_removed_segments_are_noticed_at_the_flush(tmp_path, pattern):
     writer = SegmentWriter(tmp_path / "replay", RECORD)
     append(writer, 1)
-    shutil.rmtree(tmp_path / "replay")
+    for path in tmp_path.glob(pattern):
+        path.rename(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="No such file"):
         writer.flush()
     writer.restart()

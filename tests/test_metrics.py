@@ -282,7 +282,8 @@ def test_an_event_cut_short_does_not_spoil_the_next(tmp_path):
     log = EventLog(tmp_path / "events.log")
     log.event("start", "run")
     with open(log.path, "a") as file:
-        file.write("2026-01-01T12:00:00.1")
+        file.write('2026-99-99T12:00:00.1Z  death      no such day\n')
+        file.write('2026-01-01T12:00:00.1Z  death      text  field="open\n2026-01-01T12:0')
     assert [event.kind for event in read_events(log.path)] == ["start"]
     log.event("restart", "actor 1 restarted")
     assert [event.kind for event in read_events(log.path)] == ["start", "restart"]
@@ -338,7 +339,7 @@ def test_event_log_never_raises(tmp_path):
             "balanced: learner 95 % in updates, actors 60 % in inference",
         ),
         (
-            {"time/learner/wait": 0.5, "time/actor/wait": 0.45},
+            {"time/learner/wait": 0.5, "time/learner/log": math.nan, "time/actor/wait": 0.45},
             "turns: the learner waits 50 % of its time, actors wait 45 %",
         ),
     ],

@@ -149,23 +149,26 @@ def test_plain_lines_first_then_seldom_then_last(tmp_path, monkeypatch):
     assert lines[-1].endswith(f'bottleneck="{ROW["bottleneck"]}"')
 
 
-def run_panel(folder, **streams):
+def run_panel(folder, stdout):
     code = (
         "import sys, time; from asyncrl.panel import Panel\n"
         f"panel = Panel({str(folder)!r}, 1_000_000)\n"
         "for _ in range(3): panel.refresh(); panel._unshown = True; panel._plain_time = 0\n"
         "panel.close(); sys.exit(7)"
     )
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-c", code]
-    return subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, **streams)
+    # A buffered stdout is what fails again when the interpreter flushes it at exit.
+    environment = os.environ | {"TERM": "xterm-256color", "PYTHONUNBUFFERED": ""}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], env=environment,
+        stdout=stdout, stderr=subprocess.PIPE,
+    )  # fmt: skip
 
 
 def test_a_closed_stdout_ends_nothing(tmp_path):
     RunLog(tmp_path, tensorboard=False).write(ROW)
     reader, writer = os.pipe()
     os.close(reader)
-    with run_panel(tmp_path, stdout=writer) as process:
+    with run_panel(tmp_path, writer) as process:
         os.close(writer)
         assert process.communicate()[1] == b""
         assert process.returncode == 7
@@ -177,8 +180,7 @@ def test_a_terminal_shows_the_panel_and_may_vanish(tmp_path):
         terminal, process_side = pty.openpty()
         if vanish:
             os.close(terminal)
-        environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}
-        with run_panel(tmp_path, stdout=process_side, env=environment) as process:
+        with run_panel(tmp_path, process_side) as process:
             os.close(process_side)
             shown = b""
             while not vanish and b"\x1b[?25h" not in shown:  # the cursor is given back at the end

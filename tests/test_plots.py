@@ -37,6 +37,9 @@ def figures(monkeypatch):
             super().__init__(*args, **kwargs)
             made.append(self)
 
+        def savefig(self, path, **_):
+            super().savefig(path, dpi=20)  # quick
+
     monkeypatch.setattr(plots, "Figure", Figure)
     return made
 

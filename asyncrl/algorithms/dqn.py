@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from asyncrl.algorithms.returns import n_step_return
+from asyncrl.models.precision import Precision, computes_in_bfloat16
 from asyncrl.policies import value_at
 from asyncrl.stores.limiter import RateLimiter
 from asyncrl.stores.replay import Replay, Sample
@@ -56,8 +57,9 @@ class DQNConfig:
     """Updates between copies to the target net (hard), or 1 with a small `polyak`."""
     polyak: float = 1.0
     """Share of the online net that enters the target net at each copy; 1 is a hard copy."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """What the network computes in while learning; weights stay float32."""
+    precision: Precision = "auto"
+    """What the network computes in while learning; weights stay float32. auto: bfloat16 where the
+    hardware multiplies it."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
 
     def __post_init__(self):
@@ -132,6 +134,7 @@ class DQN:
             eps=config.adam_eps,
             fused=True,
         )
+        self.bfloat16 = computes_in_bfloat16(config.precision, device)
         self.updates = 0
 
     def store(self, spec: Spec, num_lanes: int, seed: int) -> Replay:
@@ -166,10 +169,7 @@ class DQN:
             reward = reward.clamp(-config.reward_clip, config.reward_clip)
         returns, discount = n_step_return(reward, sample.steps, sample.terminated, config.gamma)
 
-        autocast = torch.autocast(
-            self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"
-        )
-        with autocast:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             with torch.no_grad():
                 following = (sample.next_obs, sample.next_first, sample.next_state)
                 next_target_q = self.target(*following)[0]["q"][0]

@@ -78,10 +78,12 @@ class Replay:
         self.lanes = [Lane() for _ in range(num_lanes)]
         self.unrolls: deque[tuple[int, int, int]] = deque()  # (lane, row 0, inserted before)
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        pinned = self.device.type == "cpu" and torch.cuda.is_available()
 
         def column(field: Field) -> Tensor:
             shape = (num_lanes * self.rows, spec.num_envs, *field.shape)
+            if self.device.type == "cpu" and not torch.cuda.is_available():
+                return torch.from_numpy(np.zeros(shape, field.dtype))  # pages come when written
+            pinned = self.device.type == "cpu"
             dtype = getattr(torch, field.dtype)
             return torch.zeros(shape, dtype=dtype, device=self.device, pin_memory=pinned)
 
@@ -220,7 +222,7 @@ class Replay:
     def _draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Uniform by rejection, without asking the device how many were rejected.
 
-        Twice the batch and a few more are proposed among the live rows and the first drawable ones
+        Four times the batch and more are proposed among the live rows and the first drawable ones
         taken. Nearly all live rows are drawable; should too few be found, the rest has weight 0.
         """
         N, B = self.batch_size, self.spec.num_envs
@@ -228,7 +230,7 @@ class Replay:
         live = [(lane.end - old) * B for lane, old in zip(self.lanes, oldest, strict=True)]
         ends = np.cumsum(live)
         proposals = torch.randint(
-            int(ends[-1]), (2 * N + 16,), generator=self.generator, device=self.device
+            int(ends[-1]), (4 * N + 16,), generator=self.generator, device=self.device
         )
         ends = torch.as_tensor(ends, device=self.device)
         lane = torch.bucketize(proposals, ends, right=True)

@@ -1,0 +1,38 @@
+"""Atari Breakout with DQN."""
+
+from dataclasses import replace
+
+from asyncrl.actor import ActorConfig
+from asyncrl.algorithms.dqn import DQNConfig, ReplayConfig
+from asyncrl.config import Config, main
+from asyncrl.envs import EnvConfig
+from asyncrl.evaluate import EvaluationConfig
+from asyncrl.models import ModelConfig
+from asyncrl.policies import EpsilonGreedy, Linear
+
+config = Config(
+    env=EnvConfig("ALE/Breakout-v5", protocol="classic"),
+    model=ModelConfig(frame_stack=4, dueling=True),
+    policy=EpsilonGreedy(Linear(1.0, 0.01, 250_000)),
+    algorithm=DQNConfig(
+        learning_rate=1e-4,
+        n_step=3,
+        target_period=2_000,
+        replay=ReplayConfig(capacity=1_000_000, samples_per_insert=8, learning_starts=20_000),
+    ),
+    actor=ActorConfig(lanes_per_actor=2, envs_per_lane=8, unroll_length=16),
+    evaluation=EvaluationConfig(period_steps=100_000),
+    total_env_steps=10_000_000,
+)
+
+# For machines with little memory: a tenth of the replay.
+home = replace(
+    config,
+    algorithm=replace(
+        config.algorithm, replay=replace(config.algorithm.replay, capacity=100_000)
+    ),
+    total_env_steps=1_000_000,
+)
+
+if __name__ == "__main__":
+    main(__file__)
