@@ -1,6 +1,6 @@
 """An environment whose observations say where they come from: (seed, episode, step).
 
-Registered as "counting_env:Counting-v0". Episodes have varying lengths and end in turn by
+Registered as "tests.counting_env:Counting-v0". Episodes have varying lengths and end in turn by
 termination and truncation; rewards differ from row to row.
 """
 

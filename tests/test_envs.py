@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import counting_env
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -23,8 +22,9 @@ from asyncrl.envs import (
     make_envs,
     seed_for,
 )
+from tests import counting_env
 
-COUNTING = "counting_env:Counting-v0"
+COUNTING = "tests.counting_env:Counting-v0"
 
 
 def counting(vectorization="sync", **kwargs) -> EnvConfig:
@@ -297,7 +297,7 @@ def test_seeds_differ_by_lane_and_generation():
         (EnvConfig("CartPoll-v1"), "did you mean CartPole-v1"),
         (EnvConfig("ALE/Breakot-v5"), "did you mean ALE/Breakout-v5"),
         (EnvConfig("no_such_module:make"), "No module named 'no_such_module'"),
-        (EnvConfig("counting_env:nothing"), "no attribute 'nothing'"),
+        (EnvConfig("tests.counting_env:nothing"), "no attribute 'nothing'"),
         (EnvConfig(lambda n: counting_env.make_one()), "VectorEnv, got CountingEnv"),
         (EnvConfig("CartPole-v1", protocol="classic"), "starts with 'ALE/'"),
         (EnvConfig("CartPole-v1", atari={"noop_max": 1}), "use env.kwargs"),
@@ -389,6 +389,7 @@ def test_a_step_after_an_end_that_is_no_reset_is_refused(make):
 # --- failures
 
 
+@pytest.mark.filterwarnings("ignore:.*reward is a NaN")
 def test_nan_reward_and_wrong_observation_are_named(make):
     group = make(counting(reward="nan"), 2)
     group.reset(0)
