@@ -380,6 +380,16 @@ def test_a_half_made_environment_is_redone(box):
     assert not (box.repo / ".venv/half-made").exists()
 
 
+def test_an_interrupted_update_does_not_count_even_if_the_edit_is_undone(box):
+    box.run("x")
+    before = (box.repo / "setup.cfg").read_text()
+    (box.repo / "setup.cfg").write_text(before + "# edited\n")
+    assert box.run("x", PIP_FAILS="1").returncode == 1
+    (box.repo / "setup.cfg").write_text(before)
+    assert box.run("x").returncode == 0
+    assert len(box.calls("venv")) == 2
+
+
 def test_an_environment_whose_python_is_gone_is_redone(box):
     box.run("x")
     (box.repo / ".venv/bin/python").unlink()
@@ -439,6 +449,14 @@ def test_two_starts_at_once_install_once(box):
     (box.stand_ins / "enough").touch()
     assert box.finish(first).returncode == box.finish(second).returncode == 0
     assert len(box.calls("venv")) == len(box.calls("pip", "install")) == 1
+    assert len(box.calls("asyncrl")) == 2
+
+
+def test_a_finished_environment_waits_for_no_other(box):
+    box.run("x")
+    box.start(script="tests/run.sh", WORKER="pip")
+    box.wait_for_call("pip", "is", "working")
+    assert box.run("x").returncode == 0
     assert len(box.calls("asyncrl")) == 2
 
 
