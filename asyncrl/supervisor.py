@@ -131,8 +131,8 @@ class _Run:
         if not self.is_new:
             stored = json.loads((self.folder / "launch.json").read_text())
             options = [*stored["options"], *options]
-            if launch_file.resolve() == own_copy.resolve():
-                original = Path(stored["file"])
+            if launch_file.is_file() and launch_file.read_bytes() == own_copy.read_bytes():
+                launch_file, original = own_copy, Path(stored["file"])
         if not launch_file.is_file():
             raise Refused(
                 f"expected a launch file, got {launch_file}, which is not there; "

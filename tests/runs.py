@@ -1,0 +1,90 @@
+"""Starting real runs in tests: the command line in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+class Run:
+    """`asyncrl train` on a launch file, in `runs`."""
+
+    def __init__(self, runs: Path, run_id: str, launch_file: Path | str, *options: object):
+        self.folder = runs / run_id
+        command = [sys.executable, "-m", "asyncrl.cli", "train", str(launch_file), run_id]
+        environment = os.environ | {"ASYNCRL_RUNS": str(runs), "PYTHONPATH": str(REPOSITORY)}
+        self.process = subprocess.Popen(
+            [*command, *map(str, options)],
+            env=environment,
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.seen: set[psutil.Process] = set()
+
+    def finish(self, timeout_seconds: float = 90) -> tuple[int, str]:
+        """(exit status, output), once the run has ended by itself."""
+        output, _ = self.process.communicate(timeout=timeout_seconds)
+        return self.process.returncode, output
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait_until(self, condition: Callable[[], object], timeout_seconds: float = 60) -> None:
+        """Look at the run until the condition holds; fails with its output when it never does."""
+        deadline = time.monotonic() + timeout_seconds
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.process.kill()
+                output, _ = self.process.communicate()
+                raise AssertionError(f"the condition never held; output:\n{output[-4000:]}")
+            time.sleep(0.05)
+
+    def children(self) -> list[psutil.Process]:
+        """Living descendants; remembered for `orphans`."""
+        found = psutil.Process(self.process.pid).children(recursive=True)
+        self.seen |= set(found)
+        return found
+
+    def find(self, role: str) -> psutil.Process | None:
+        """The child with this role ("actor 0", "learner 0") in its command line."""
+        for child in self.children():
+            try:
+                if f"asyncrl.run {role} " in " ".join(child.cmdline()):
+                    return child
+            except psutil.Error:
+                continue
+        return None
+
+    def orphans(self, patience_seconds: float = 3) -> list[psutil.Process]:
+        """Which of the children ever seen are still alive."""
+        return psutil.wait_procs(list(self.seen), timeout=patience_seconds)[1]
+
+    def events(self) -> str:
+        path = self.folder / "events.log"
+        return path.read_text() if path.exists() else ""
+
+    def metrics(self) -> list[dict]:
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def kill_tree(self) -> None:
+        """kill -9 of the parent and everything below it, at once."""
+        for process in [psutil.Process(self.process.pid), *self.children()]:
+            try:
+                process.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+        self.process.wait()

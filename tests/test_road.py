@@ -1,0 +1,140 @@
+"""The whole road through real processes: what the learner got is what the environments did."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from asyncrl.types import Spec
+from tests.counting_env import length_of, terminates
+from tests.runs import Run
+
+LAUNCH_FILES = Path(__file__).parent / "launch_files"
+
+
+def read_records(path: Path, run_folder: Path) -> tuple[Spec, list]:
+    spec = Spec.from_json(json.loads((run_folder / "plan.json").read_text())["spec"])
+    data, size = path.read_bytes(), spec.layout.nbytes
+    assert len(data) % size == 0
+    return spec, [spec.layout.views(data, start) for start in range(0, len(data), size)]
+
+
+def check_lane(spec: Spec, unrolls: list) -> list[tuple[float, int]]:
+    """Every step of every environment once and in order; returns the episodes that ended.
+
+    Across a restart of the actor the sequence goes on by one, the generation grows, and every
+    environment opens a new episode.
+    """
+    episodes = []
+    previous = None
+    for unroll in unrolls:
+        header = unroll.header
+        identity = (int(header.generation), int(header.sequence))
+        joins = previous is not None and identity[0] == int(previous.header.generation)
+        if previous is not None:
+            assert identity[1] == int(previous.header.sequence) + 1
+            assert identity[0] >= int(previous.header.generation)
+        if joins:
+            assert np.array_equal(unroll.obs[0], previous.obs[-1])
+            assert np.array_equal(unroll.first[0], previous.first[-1])
+        else:
+            assert unroll.first[0].all()
+            returns = np.zeros(spec.num_envs)
+        for env in range(spec.num_envs):
+            for t in range(spec.unroll_length):
+                identity, episode, step = (int(x) for x in unroll.obs[t, env])
+                after = [int(x) for x in unroll.obs[t + 1, env]]
+                length = length_of(identity, episode)
+                assert unroll.first[t, env] == (step == 0)
+                if step == length:  # the true final observation: what follows is a reset step
+                    assert not unroll.valid[t, env]
+                    assert after == [identity, episode + 1, 0]
+                    flags = (unroll.terminated, unroll.truncated, unroll.reward)
+                    assert not any(flag[t, env] for flag in flags)
+                    continue
+                ends = step + 1 == length
+                assert unroll.valid[t, env]
+                assert after == [identity, episode, step + 1]
+                assert unroll.reward[t, env] == 10 * (step + 1) + unroll.action[t, env]
+                assert unroll.terminated[t, env] == (ends and terminates(identity, episode))
+                assert unroll.truncated[t, env] == (ends and not terminates(identity, episode))
+                assert unroll.log_prob[t, env] == pytest.approx(np.log(1 / 3))
+                returns[env] += unroll.reward[t, env]
+                assert unroll.episode_length[t, env] == (length if ends else 0)
+                if ends:
+                    assert unroll.episode_return[t, env] == returns[env]
+                    episodes.append((returns[env], length))
+                    returns[env] = 0
+        previous = unroll
+    return episodes
+
+
+def test_every_step_once_and_in_order_across_kill_9_of_actors(tmp_path, monkeypatch):
+    """Then SIGTERM: a checkpoint, 143, nobody left; then the same command goes on from there."""
+    record = tmp_path / "record.bin"
+    monkeypatch.setenv("RECORD", str(record))
+    launch_file = LAUNCH_FILES / "recorder.py"
+    run = Run(tmp_path, "road", launch_file)
+    rng = random.Random(0)
+    run.wait_until(lambda: run.metrics() and run.metrics()[-1]["env_steps"] > 2_000)
+    for death in range(3):
+        name = f"actor {rng.randrange(2)}"
+        victim = run.find(name)
+        victim.send_signal(signal.SIGKILL)
+        run.wait_until(lambda: run.events().count(" restarted  ") > death)  # noqa: B023
+        assert f"{name} died: signal SIGKILL" in run.events()
+        restarted_at = run.metrics()[-1]["env_steps"]
+        run.wait_until(lambda: run.metrics()[-1]["env_steps"] > restarted_at + 2_000)  # noqa: B023
+    run.children()
+    run.signal(signal.SIGTERM)
+    status, output = run.finish(30)
+    assert status == 143, output
+    assert not run.orphans()
+
+    spec, unrolls = read_records(record, run.folder)
+    lanes = [[u for u in unrolls if u.header.lane == lane] for lane in range(4)]
+    episodes = [episode for lane in lanes for episode in check_lane(spec, lane)]
+    last = run.metrics()[-1]
+    assert last["env_steps"] == sum(int(u.valid.sum()) for u in unrolls)
+    assert last["episodes"] == len(episodes)
+    rows = (run.folder / "episodes.csv").read_text().splitlines()[1:]
+    logged = sorted((float(r.split(",")[4]), int(r.split(",")[5])) for r in rows)
+    assert logged == sorted(episodes)
+
+    record.rename(tmp_path / "before.bin")
+    steps = last["env_steps"]
+    again = Run(tmp_path, "road", launch_file, "--total-env-steps", steps + 3_000)
+    status, output = again.finish()
+    assert status == 0, output
+    assert f"resumed at {steps} env steps" in again.events()
+    all_steps = [row["env_steps"] for row in again.metrics()]
+    assert all_steps == sorted(all_steps)
+    assert steps + 3_000 <= all_steps[-1] < steps + 5_000
+    _, after = read_records(record, run.folder)
+    for lane in range(4):
+        old = {(int(u.header.generation), int(u.header.sequence)) for u in lanes[lane]}
+        fresh = [
+            u
+            for u in after
+            if u.header.lane == lane
+            and (int(u.header.generation), int(u.header.sequence)) not in old
+        ]
+        check_lane(spec, fresh)
+        assert int(fresh[0].header.generation) > max(generation for generation, _ in old)
+        assert int(fresh[0].header.sequence) == max(sequence for _, sequence in old) + 1
+
+
+def test_nobody_outlives_a_parent_killed_with_kill_9(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECORD", str(tmp_path / "record.bin"))
+    run = Run(tmp_path, "orphans", LAUNCH_FILES / "recorder.py")
+    run.wait_until(lambda: run.find("actor 1") and run.find("learner 0"))
+    run.wait_until(lambda: run.metrics())
+    run.children()
+    run.signal(signal.SIGKILL)
+    run.process.wait()
+    assert not run.orphans()
