@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from asyncrl.envs import EnvGroup, seed_for
+from asyncrl.env_group import EnvGroup
+from asyncrl.envs import seed_for
 from asyncrl.models.precision import Precision, computes_in_bfloat16
 from asyncrl.policies import Context, Mixture, unroll_rng
 from asyncrl.transport.ring import Ring, UnrollWriter, Word
@@ -35,7 +36,7 @@ class ActorConfig:
     num_actors: int = 1
     """Actor processes."""
     lanes_per_actor: int = 2
-    """Groups of environments an actor takes in turn: one steps while the net evaluates the other."""
+    """Groups of environments taken in turn: one steps while the net evaluates the other."""
     envs_per_lane: int = 8
     """Environments in a group."""
     unroll_length: int = 16
@@ -73,7 +74,9 @@ class LaneState:
         self.make_envs = make_envs
         self.envs: EnvGroup | None = None
 
-    def restart(self, seed: int, generation: int, model: nn.Module, policy: Mixture, device) -> None:
+    def restart(
+        self, seed: int, generation: int, model: nn.Module, policy: Mixture, device
+    ) -> None:
         """New environments, seeded by (seed, lane, generation), and empty memories."""
         if self.envs is not None:
             self.envs.close()
@@ -187,7 +190,9 @@ class Actor:
     def _act(self, lane: LaneState, unroll: Unroll, t: int) -> None:
         """Evaluate row t, choose its actions, and set the environments going."""
         with torch.inference_mode():
-            obs = tree_map(lambda part: torch.from_numpy(part[t : t + 1]).to(self.device), unroll.obs)
+            obs = tree_map(
+                lambda part: torch.from_numpy(part[t : t + 1]).to(self.device), unroll.obs
+            )
             first = torch.from_numpy(unroll.first[t : t + 1]).to(self.device)
             outputs, lane.state = self.model(obs, first, lane.state)
             outputs = {name: output[0].cpu().numpy() for name, output in outputs.items()}

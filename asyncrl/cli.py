@@ -1,37 +1,131 @@
-"""The command line: train, eval, plot, watch, doctor, bench."""
+"""The command line: train, eval, plot, watch."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import re
+import signal
 import sys
 from pathlib import Path
+
+TRAIN_USAGE = "asyncrl train LAUNCH_FILE RUN_ID [--option value ...]"
+TRAIN_HELP = """\
+Start the run RUN_ID, or resume it where it is one already.
+
+The launch file is Python that defines `config = Config(...)`; launch/ holds examples. The options
+are the fields of that Config, by dotted name:
+
+    asyncrl train launch/breakout_dqn.py breakout_1 --seed 1 --actor.num-actors 2
+
+    asyncrl train launch/breakout_dqn.py --help      lists them all, with this file's values
+    --profile NAME                                   takes the Config called NAME instead
+
+Everything about the run goes to runs/RUN_ID (or $ASYNCRL_RUNS/RUN_ID): config.json, metrics.jsonl,
+episodes.csv, events.log, checkpoints/. Ctrl-C saves a checkpoint and stops; a second one stops at
+once. A resumed run keeps its options; those that decide what is learned may not change.
+
+Exit status: 0 finished, 1 failed, 2 refused, 130 after Ctrl-C, 143 after SIGTERM.
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry of `asyncrl`; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="asyncrl", description="Asynchronous actor-learner deep RL on one box."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser(
-        "train", help="start or resume a run", add_help=False,
-        usage="asyncrl train LAUNCH_FILE RUN_ID [--option value ...]",
-    )  # fmt: skip
-    train.add_argument("launch_file", type=Path)
-    train.add_argument("run_id")
-    plot = commands.add_parser("plot", help="draw the curves of runs")
-    plot.add_argument("runs", nargs="+", metavar="RUN")
-    plot.add_argument("--output", type=Path)
-    plot.add_argument("--by", choices=["policy"])
-    plot.add_argument("--group", action="store_true", help="one band for runs that differ by seed")
-    watch = commands.add_parser("watch", help="look at a running job")
-    watch.add_argument("run", metavar="RUN")
+    parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command != "train":
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return COMMANDS[options.command](options, rest)
+        options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return options.do(options, rest)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="asyncrl",
+        description="Asynchronous actor-learner deep reinforcement learning on one box.",
+        epilog="asyncrl COMMAND --help tells more. Runs lie in runs/ here, or in $ASYNCRL_RUNS.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+
+    def command(name: str, do, help: str, **kwargs) -> argparse.ArgumentParser:
+        kwargs = {"description": help[0].upper() + help[1:] + "."} | kwargs
+        added = commands.add_parser(name, help=help, **kwargs)
+        added.set_defaults(command=name, do=do, parser=added)
+        return added
+
+    train = command(
+        "train", _train, "start or resume a run", add_help=False, usage=TRAIN_USAGE,
+        description=TRAIN_HELP, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    # Not required here: `train --help` and `train LAUNCH_FILE --help` are told apart in _train.
+    train.add_argument("launch_file", type=Path, nargs="?", help=argparse.SUPPRESS)
+    train.add_argument("run_id", nargs="?", help=argparse.SUPPRESS)
+
+    evaluate = command(
+        "eval", _eval, "play whole games with a checkpoint of a run",
+        description="Play whole games, without learning, with a checkpoint of a run: a running one "
+        "too. The result is printed, and a line of it goes to RUN/evaluations.jsonl.",
+    )  # fmt: skip
+    evaluate.add_argument("run", metavar="RUN", help="id or folder of a run")
+    add = evaluate.add_argument
+    add("--episodes", type=_positive, default=30, metavar="N", help="games, as many in each "
+        "environment, so that short ones do not win (default: %(default)s)")  # fmt: skip
+    add("--checkpoint", choices=["newest", "best"], default="newest",
+        help="best: by the evaluations beside training (default: %(default)s)")  # fmt: skip
+    add("--epsilon", type=_share, default=0.01, metavar="E", help="share of random actions "
+        "(default: %(default)s)")
+    add("--envs", type=_positive, default=5, metavar="N", help="games played side by side "
+        "(default: %(default)s)")
+    add("--seed", type=_natural, metavar="N",
+        help="of games and random actions; by default that of the run + 1000, because best was "
+        "chosen on games of the run's own seed")  # fmt: skip
+    add("--video", action="store_true",
+        help="film the best game: RUN/videos/ENV-STEPS_SCORE.mp4 and a short .gif")  # fmt: skip
+    add("--render-mode", choices=["human"],
+        help="watch one environment in a window")  # fmt: skip
+    add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)")
+
+    plot = command("plot", _plot, "draw the curves of runs")
+    plot.add_argument("runs", nargs="+", metavar="RUN", help="ids or folders of runs")
+    plot.add_argument(
+        "--output", type=Path, metavar="FILE",
+        help="where to, by its ending a .png, .svg or .pdf (default: RUN/plots/returns.png, for "
+        "several runs plot.png here)",
+    )  # fmt: skip
+    plot.add_argument("--by", choices=["policy"], help="a curve for each policy of the mix")
+    plot.add_argument("--group", action="store_true", help="one band for runs that differ by seed")
+
+    watch = command(
+        "watch", _watch, "look at a run while it goes on",
+        description="Look at a run while it goes on, from its files only; Ctrl-C leaves it alone. "
+        "Into a pipe it writes plain lines.",
+    )  # fmt: skip
+    watch.add_argument("run", metavar="RUN", help="id or folder of a run")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+    return value
 
 
 def runs_folder() -> Path:
@@ -57,6 +151,15 @@ def refuse(message: str):
 
 
 def _train(options, rest: list[str]) -> int:
+    wants_help = "--help" in rest or "-h" in rest
+    if options.launch_file is None and wants_help:
+        options.parser.print_help()
+        return 0
+    if options.launch_file is None or (options.run_id is None and not wants_help):
+        missing = "RUN_ID" if options.launch_file else "LAUNCH_FILE and RUN_ID"
+        options.parser.error(f"expected {missing} before any options; see asyncrl train --help")
+    if wants_help:
+        options.run_id = "RUN_ID"  # told by the launch file's config; no run is looked at
     from asyncrl.panel import Panel
     from asyncrl.supervisor import train
 
@@ -68,13 +171,115 @@ def _train(options, rest: list[str]) -> int:
     return train(options.launch_file, options.run_id, rest, runs_folder(), Panel)
 
 
-def _plot(options, rest: list[str]) -> int:
-    from asyncrl.plots import plot
+def _eval(options, rest: list[str]) -> int:
+    folder = find_run(options.run)
+    import gymnasium as gym
 
+    from asyncrl import evaluate, video
+    from asyncrl.config import ConfigError
+    from asyncrl.disk import CheckpointError
+    from asyncrl.envs import make_envs
+
+    num_envs = 1 if options.render_mode else min(options.envs, options.episodes)
+    num_games = num_envs * -(-options.episodes // num_envs)
+    watchers, recorder = [], None
+    try:
+        weights = evaluate.read_weights(folder, options.checkpoint)
+        config = _config_of(folder)
+        env, seed = config.env, options.seed
+        if seed is None:
+            seed = config.seed + 1000
+        if options.video:
+            recorder = video.Recorder(env, num_envs, seed)
+            watchers.append(recorder)
+        if options.render_mode and video.has_twin(env):
+            watchers.append(video.Window(env, seed))
+        elif options.render_mode:
+            video.expect_display()
+            env = video.visible(env, options.render_mode)
+        envs = make_envs(env, num_envs)
+        model = config.model(envs.observation_space, envs.action_space)
+        evaluate.load_weights(model, weights)
+        model.to(_device(options.device)).eval().requires_grad_(False)
+    except (CheckpointError, ConfigError, ValueError, ImportError, gym.error.Error) as error:
+        refuse(str(error))
+    for refused in weights.refused:
+        print(f"asyncrl: {refused}", file=sys.stderr)
+    print(f"run {folder.resolve().name}: {weights.checkpoint}, after {weights.env_steps:,} env steps")
+
+    with _Interrupt() as interrupt:
+        watchers.append(lambda step, action: interrupt.seen)
+        games = evaluate.play_games(
+            model, envs, num_games, seed, options.epsilon,
+            lambda step, action: any([watch(step, action) for watch in watchers]),
+        )  # fmt: skip
+    envs.close()
+    how = {"epsilon": options.epsilon, "seed": seed, "envs": num_envs}
+    if games:
+        for name, words in evaluate.table(games, config.env):
+            print(f"{name:<12}{words}")
+        print("played with " + ", ".join(f"{name} {value}" for name, value in how.items()))
+        evaluate.keep(folder, options.checkpoint, weights, games, num_games, config.env, how)
+    if len(games) < num_games:
+        print(f"stopped: {len(games)} of {num_games} games had ended; short ones end first, so this "
+              "is not what all of them would come to")  # fmt: skip
+        return 130 if interrupt.seen else 0
+    if recorder:
+        best = recorder.best(num_games // num_envs)
+        print(f"filming the best game ({best.score:g}), played again from its seed ...", flush=True)
+        print(recorder.film(best, folder / "videos", weights.env_steps))
+    return 0
+
+
+def _config_of(folder: Path):
+    """The configuration of a run, from its own copy of the launch file."""
+    import json
+
+    from asyncrl.config import resolve
+
+    launch = json.loads((folder / "launch.json").read_text())
+    return resolve(folder / "launch.py", launch["options"], Path(launch["file"]))
+
+
+def _device(name: str):
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: expected auto, cpu or a GPU that is there: {error}") from error
+    return device
+
+
+class _Interrupt:
+    """The first Ctrl-C is only noted; the second interrupts."""
+
+    seen = False
+
+    def __enter__(self) -> _Interrupt:
+        self._previous = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *error) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _note(self, number, frame) -> None:
+        self.seen = True
+        signal.signal(signal.SIGINT, self._previous)
+
+
+def _plot(options, rest: list[str]) -> int:
     folders = [find_run(run) for run in options.runs]
     try:
+        from asyncrl.plots import plot
+
         print(plot(folders, options.output, options.by, group=options.group))
-    except ValueError as error:
+    except ImportError as error:
+        refuse(f"plot needs pip install 'asyncrl[plot]' ({error})")
+    except (OSError, ValueError) as error:
         refuse(str(error))
     return 0
 
@@ -92,8 +297,6 @@ def _watch(options, rest: list[str]) -> int:
         except KeyboardInterrupt:
             return 0
 
-
-COMMANDS = {"train": _train, "plot": _plot, "watch": _watch}
 
 if __name__ == "__main__":
     sys.exit(main())

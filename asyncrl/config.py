@@ -20,11 +20,12 @@ import tyro
 
 from asyncrl.actor import ActorConfig
 from asyncrl.algorithms.dqn import DQNConfig
-from asyncrl.envs import EnvConfig
+from asyncrl.env_config import EnvConfig
 from asyncrl.evaluate import EvaluationConfig
 from asyncrl.learner import LearnerConfig
 from asyncrl.models import ModelConfig
 from asyncrl.policies import EpsilonGreedy
+
 
 class ConfigError(Exception):
     """The user asked for something that cannot be: one clear message, exit status 2."""

@@ -18,8 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from asyncrl.actor import ActorConfig
-from asyncrl.checkpoint import CheckpointError, Checkpoints, Loaded, SegmentWriter, read_segments
-from asyncrl.metrics import EpisodeStatistics, EventLog, Rate, RunLog, TimeShares, bottleneck
+from asyncrl.checkpoint import Checkpoints, Loaded
+from asyncrl.disk import CheckpointError
+from asyncrl.logs import EventLog, RunLog
+from asyncrl.metrics import EpisodeStatistics, Rate, TimeShares, bottleneck
+from asyncrl.segments import SegmentWriter, read_segments
 from asyncrl.transport.ring import Ring, UnrollReader, Word
 from asyncrl.transport.weights import WeightsWriter
 from asyncrl.types import Spec, Unroll
@@ -85,7 +88,7 @@ class Learner:
         total_env_steps: int,
         ring_actor: Callable[[int], None] = lambda actor: None,
         turn_based: bool = False,
-        read_evaluation: Callable[[], dict] = dict,
+        read_status: Callable[[], dict] = dict,
     ):
         self.config, self.actors, self.spec = config, actors, spec
         self.algorithm, self.model = algorithm, model
@@ -97,7 +100,7 @@ class Learner:
         self.total_env_steps = total_env_steps
         self.ring_actor = ring_actor
         self.turn_based = turn_based
-        self.read_evaluation = read_evaluation
+        self.read_status = read_status
 
         self.events = EventLog(folder / "events.log")
         self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
@@ -114,7 +117,10 @@ class Learner:
     # -- start and resume ------------------------------------------------------------------------
 
     def start(self, resume: bool) -> bool:
-        """Resume from the newest valid checkpoint if asked and possible; publish; True if resumed."""
+        """Resume from the newest valid checkpoint if asked to and there is one, then publish.
+
+        Returns whether it resumed.
+        """
         record_nbytes = self.spec.layout.nbytes
         self.checkpoints.clean()
         resumed = self._resume(record_nbytes) if resume else None
@@ -219,7 +225,13 @@ class Learner:
             result = float(unroll.episode_return[t, env]), int(unroll.episode_length[t, env])
             self.episodes.add(policy, *result)
             rows.append(
-                (f"{now:.3f}", self.env_steps, int(header.actor), self.policy_names[policy], *result)
+                (
+                    f"{now:.3f}",
+                    self.env_steps,
+                    int(header.actor),
+                    self.policy_names[policy],
+                    *result,
+                )
             )
         self.log.write_episodes(rows)
 
@@ -409,7 +421,7 @@ class Learner:
                for name, share in self.shares.fractions_since_last().items()},
             **dict(zip([f"time/actor/{name}" for name in ACTOR_SHARES], spent, strict=True)),
             **{name: float(value) for name, value in self.metrics.items()},
-            **self.read_evaluation(),
+            **self.read_status(),
             "memory/rss_mb": self.process.memory_info().rss / 1e6,
         }  # fmt: skip
         if self.lags:
@@ -449,5 +461,3 @@ def unflatten(leaves: dict) -> dict:
             node = node.setdefault(parent, {})
         node[key] = torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
     return tree
-
-

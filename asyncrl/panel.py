@@ -18,7 +18,8 @@ from rich.panel import Panel as Frame
 from rich.table import Table
 from rich.text import Text
 
-from asyncrl.metrics import Event, parse_events, percent
+from asyncrl.logs import Event, parse_events
+from asyncrl.metrics import percent
 
 PLAIN_PERIOD_SECONDS = 10
 COLORS = {  # of time shares: work is cool, waiting is warm

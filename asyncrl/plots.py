@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from asyncrl.metrics import read_episodes, read_metrics
+from asyncrl.logs import read_episodes, read_metrics
 
 # Okabe and Ito's palette, told apart with any kind of colour vision; its yellow, too faint for a
 # line, is left out.

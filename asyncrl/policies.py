@@ -3,11 +3,11 @@
     policy.initial_state(B) -> policy_state
     policy(outputs, policy_state, first, step, context, rng) -> (action, log_prob, policy_state)
 
-All arrays are numpy with a leading B, and a policy is vectorised over environments. `first` (B) says
-where an episode opens, `step` (B) counts env steps of each episode, `context` is what the learner
-publishes beside the weights, `rng` is a counter-based generator made anew for every unroll. A policy
-sees no weights, keeps no statistics and knows no process; `log_prob` is that of the action under the
-behaviour that really chose it.
+All arrays are numpy with a leading B, and a policy is vectorised over environments. `first` (B)
+says where an episode opens, `step` (B) counts env steps of each episode, `context` is what the
+learner publishes beside the weights, `rng` is a counter-based generator made anew for every unroll.
+A policy sees no weights, keeps no statistics and knows no process; `log_prob` is that of the action
+under the behaviour that really chose it.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def preferences(outputs: dict) -> np.ndarray:
 def epsilon_greedy(
     values: np.ndarray, epsilon: np.ndarray | float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(action, log_prob) of a random action with probability epsilon (a number or (B,)), else the best."""
+    """(action, log_prob): random with probability epsilon, a number or (B,), else the best."""
     B, A = values.shape
     greedy = values.argmax(1)
     explore = rng.random(B) < epsilon
@@ -137,7 +137,7 @@ class EpsilonGreedy:
 
 @dataclass(frozen=True)
 class EpsilonLadder:
-    """Each environment its own constant epsilon: base ** (1 + alpha i / (N-1)) (Horgan et al. 2018)."""
+    """An epsilon for each environment: base ** (1 + alpha i / (N-1)), Horgan et al. 2018."""
 
     base: float = 0.4
     alpha: float = 7.0
@@ -159,7 +159,7 @@ class EpsilonLadder:
 
 @dataclass(frozen=True)
 class Softmax:
-    """Actions drawn by softmax(values / temperature): the policy itself where outputs are logits."""
+    """Actions drawn by softmax(values / temperature): the policy itself if outputs are logits."""
 
     temperature: Any = 1.0
     """A positive number, or a schedule over env steps."""
@@ -266,5 +266,3 @@ def as_mixture(policy) -> Mixture:
 def unroll_rng(seed: int, lane: int, sequence: int) -> np.random.Generator:
     """The generator of one unroll, keyed by what is counted anyway: nothing to save or resume."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, lane, sequence])))
-
-

@@ -2,7 +2,7 @@
 
 `python -m asyncrl.run ROLE INDEX ...` is one process; `asyncrl.supervisor` is their parent.
 
-    prepare    executes the launch file once: config, sizes, all refusals   -> Plan, as JSON
+    prepare    the plan of a run (asyncrl.plan)
     learner 0  Learner on all lanes            actor i   Actor on its lanes
     evaluator  games beside training           serial    actors and learner in one process
 """
@@ -12,73 +12,20 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import platform
 import signal
 import sys
-import time
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from asyncrl.metrics import EventLog
+from asyncrl.logs import EventLog
+from asyncrl.plan import EXIT_FAILED, Plan, prepare_main
 from asyncrl.transport.ring import Ring
 from asyncrl.transport.shared_memory import Doorbell, Segment, die_with_parent
+from asyncrl.transport.status import Status
 from asyncrl.transport.weights import WeightsBuffer, WeightsReader, WeightsWriter
-from asyncrl.types import Spec, fields_from_json, fields_to_json
-
-EXIT_FAILED, EXIT_REFUSED = 1, 2
-STATUS_BYTES = 4096
-
-
-class Status:
-    """A few words all processes of a run share; each has one writer."""
-
-    def __init__(self, buffer):
-        self.words = np.ndarray((8,), np.int64, buffer, 0)
-        self.numbers = np.ndarray((16,), np.float64, buffer, 1024)
-
-    STOP, LEARNER_BEAT, EVALUATOR_BEAT, READY = range(4)  # supervisor, learner, evaluator, learner
-    EVALUATION = ("eval/return", "eval/life_return", "eval/length", "eval/episodes",
-                  "eval/env_steps")  # fmt: skip
-
-    @property
-    def stopping(self) -> bool:
-        return bool(self.words[self.STOP])
-
-    def beat(self, word: int) -> None:
-        self.words[word] = time.monotonic_ns()
-
-    def evaluation(self) -> dict[str, float]:
-        """The last evaluation as metrics, once there is one."""
-        values = dict(zip(self.EVALUATION, self.numbers.tolist(), strict=False))
-        return values if values["eval/episodes"] else {}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `prepare` found out: all that the parent must know, in plain JSON types."""
-
-    config: dict  # described, for config.json and comparisons
-    spec: dict
-    weights: dict
-    memory: list  # of [what, bytes]
-    disk_nbytes: int
-    policies: list
-    num_actors: int
-    num_lanes: int
-    slots_per_lane: int
-    total_env_steps: int
-    schedule: str
-    evaluates: bool
-
-    @classmethod
-    def read(cls, folder: Path) -> Plan:
-        return cls(**json.loads((folder / "plan.json").read_text()))
-
-
-# -- one process of a run ------------------------------------------------------------------------
+from asyncrl.types import Spec, fields_from_json
 
 
 class Connections:
@@ -98,76 +45,6 @@ class Connections:
         self.actor_bells = [Doorbell(fd) for fd in fds["actor_bells"]]
         self.evaluator_bell = Doorbell(fds["evaluator_bell"])
         self.spec = spec
-
-
-def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
-    """Execute the launch file, build env and model once, and refuse what cannot work."""
-    import torch  # noqa: F401  (timed here, not in the parent)
-
-    from asyncrl.actor import CONTEXT_FIELDS
-    from asyncrl.config import resolve
-    from asyncrl.describe import describe
-    from asyncrl.envs import make_envs
-    from asyncrl.policies import as_mixture
-    from asyncrl.transport.weights import weights_fields
-    from asyncrl.types import Field, tree_map
-
-    config = resolve(launch_file, options, original)
-    actor = config.actor
-    envs = make_envs(config.env, 1)
-    observation_space, action_space = envs.observation_space, envs.action_space
-    envs.close()
-    model = config.model(observation_space, action_space)
-    state = tree_map(lambda x: Field(tuple(x.shape[1:]), Field.of(x).dtype), model.initial_state(1))
-    spec = Spec(actor.unroll_length, actor.envs_per_lane, observation_space, action_space, state)
-    device = config.learner.resolved_device()
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "expected a CUDA device for learner.device='cuda', got none on this machine; "
-            "use --learner.device auto"
-        )
-    weights = weights_fields(model.state_dict(), CONTEXT_FIELDS)
-    store = config.algorithm.store_nbytes(model, spec, actor.num_lanes)
-    mixture = as_mixture(config.policy)
-    num_processes = 1 if config.schedule == "serial" else 1 + actor.num_actors
-    memory = [
-        [f"{actor.num_lanes} lanes of {actor.slots_per_lane} unrolls",
-         actor.num_lanes * Ring.nbytes(spec, actor.slots_per_lane)],
-        ["weights, two copies", WeightsBuffer.nbytes(weights)],
-        [f"{num_processes} processes of about 300 MB", num_processes * 300_000_000],
-        ["supervisor", 80_000_000],
-    ]  # fmt: skip
-    if device.type == "cpu":
-        memory.insert(0, ["replay", store])
-    rows = min(getattr(config.algorithm.replay, "capacity", 0), config.total_env_steps)
-    unrolls = rows / (spec.unroll_length * spec.num_envs)
-    return Plan(
-        config=describe(config),
-        spec=spec.to_json(),
-        weights=fields_to_json(weights),
-        memory=memory,
-        disk_nbytes=int(unrolls * spec.layout.nbytes) if config.learner.save_replay else 0,
-        policies=list(mixture.names),
-        num_actors=actor.num_actors,
-        num_lanes=actor.num_lanes,
-        slots_per_lane=actor.slots_per_lane,
-        total_env_steps=config.total_env_steps,
-        schedule=config.schedule,
-        evaluates=config.evaluation.period_steps > 0,
-    )
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides a run."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for package in ("torch", "numpy", "gymnasium", "ale-py"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 class Process:
@@ -228,7 +105,7 @@ class Process:
             config.total_env_steps,
             ring_actor=lambda actor: links.actor_bells[actor].ring(),
             turn_based=config.schedule != "async",
-            read_evaluation=links.status.evaluation,
+            read_status=links.status.metrics,
         )
 
 
@@ -274,7 +151,6 @@ def run_learner(process: Process, index: int, generation: int) -> None:
 
     resumed = learner.start(resume=True)
     announce(learner, resumed)
-    status.words[Status.READY] = 1
     if turn_based:
         learner.run_in_turns(wait)
     else:
@@ -299,7 +175,6 @@ def run_serial(process: Process, index: int, generation: int) -> None:
         return not status.stopping
 
     announce(learner, learner.start(resume=True))
-    status.words[Status.READY] = 1
     learner.run_in_turns(play)
     learner.finish()
     for actor in actors:
@@ -316,7 +191,8 @@ def run_evaluator(process: Process, index: int, generation: int) -> None:
     """Games with published weights whenever `period_steps` env steps have gone by."""
     import torch
 
-    from asyncrl.checkpoint import CheckpointError, Checkpoints
+    from asyncrl.checkpoint import Checkpoints
+    from asyncrl.disk import CheckpointError
     from asyncrl.envs import make_envs
     from asyncrl.evaluate import play_games, summarise
 
@@ -384,7 +260,7 @@ def child_main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable()
     if role == "prepare":
-        return _prepare_main(Path(rest[0]), Path(rest[1]), int(rest[2]), rest[3:])
+        return prepare_main(Path(rest[0]), Path(rest[1]), int(rest[2]), rest[3:])
     folder, parent, generation, fds = rest
     die_with_parent(int(parent))
     try:
@@ -393,31 +269,6 @@ def child_main(arguments: list[str]) -> int:
     except Exception:
         traceback.print_exc()
         return EXIT_FAILED
-    return 0
-
-
-def _prepare_main(launch_file: Path, original: Path, fd: int, options: list[str]) -> int:
-    from asyncrl.config import ConfigError
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    try:
-        plan = prepare(launch_file, options, original)
-    except (ConfigError, ValueError) as error:
-        print(f"asyncrl: {error}", file=sys.stderr)
-        return EXIT_REFUSED
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if Path(frame.filename) == original]
-        where = f" (line {own[-1].lineno})" if own else ""
-        traceback.print_exc()
-        print(f"asyncrl: {original}{where} cannot be used: {type(error).__name__}: {error}",
-              file=sys.stderr)  # fmt: skip
-        return EXIT_REFUSED
-    with os.fdopen(fd, "w") as file:
-        json.dump(vars(plan), file)
     return 0
 
 

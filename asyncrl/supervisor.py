@@ -8,11 +8,9 @@ second looks at heartbeats.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -23,13 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from asyncrl.checkpoint import write_atomically
-from asyncrl.metrics import EventLog
-from asyncrl.run import EXIT_FAILED, EXIT_REFUSED, STATUS_BYTES, Plan, Status, versions
+from asyncrl.folder import Refused, RunFolder, preflight
+from asyncrl.logs import EventLog
+from asyncrl.plan import EXIT_FAILED, EXIT_REFUSED, Plan
 from asyncrl.transport.ring import Ring, Word
 from asyncrl.transport.shared_memory import Doorbell, Segment
+from asyncrl.transport.status import STATUS_BYTES, Status
 from asyncrl.transport.weights import WeightsBuffer
 from asyncrl.types import Spec, fields_from_json
 
@@ -37,7 +34,6 @@ STOP_SECONDS = 20.0  # for a checkpoint, after the first signal
 START_SECONDS, ACTOR_SECONDS, LEARNER_SECONDS = 120.0, 10.0, 300.0  # without a heartbeat
 MAX_RESTARTS, RESTART_WINDOW_SECONDS = 5, 600.0
 BACK_OFF_SECONDS, MAX_BACK_OFF_SECONDS = 0.5, 30.0
-
 # glibc gives large blocks back to the system and fetches them again at every update; told not to,
 # a training step on a CPU takes about half the time.
 CHILD_ENVIRONMENT = {
@@ -45,10 +41,6 @@ CHILD_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
     "PYTHONUNBUFFERED": "1",
 }
-
-
-class Refused(Exception):
-    """The run cannot begin: one clear message, exit status 2, nothing half made."""
 
 
 def train(
@@ -64,7 +56,7 @@ def train(
     """
     folder = runs / run_id
     try:
-        with _Run(folder) as run:
+        with RunFolder(folder) as run:
             plan = run.prepare(launch_file, options)
             preflight(plan, runs)
             run.begin(plan)
@@ -78,160 +70,6 @@ def train(
         for line in error.args:
             print(f"asyncrl: {line}", file=sys.stderr)
         return EXIT_REFUSED
-
-
-# -- before anything is started ------------------------------------------------------------------
-
-
-class _Run:
-    """A run folder, locked by this process while it is in use."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.lock: int | None = None
-        self.is_new = not (folder / "launch.json").exists()
-        if not self.is_new:
-            self._lock()
-
-    def __enter__(self) -> _Run:
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self.lock is not None:
-            os.close(self.lock)
-
-    def _lock(self) -> None:
-        path = self.folder / "lock"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise Refused(
-                f"expected a run folder that can be written, got {error}; a run that cannot be "
-                "saved is not begun: give permission, make room, or set ASYNCRL_RUNS to another place"
-            ) from None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
-            os.close(fd)
-            raise Refused(
-                f"expected run {self.folder.name} to be free, but {holder} holds it; stop that one "
-                "or choose another run id"
-            ) from None
-        os.ftruncate(fd, 0)
-        begun = time.strftime("%Y-%m-%d %H:%M:%S")
-        os.pwrite(fd, f"process {os.getpid()} (since {begun})\n".encode(), 0)
-        self.lock = fd
-
-    def prepare(self, launch_file: Path, options: list[str]) -> Plan:
-        """Have a child execute the launch file; refuses what it refuses, and other configurations."""
-        own_copy = self.folder / "launch.py"
-        original = launch_file
-        if not self.is_new:
-            stored = json.loads((self.folder / "launch.json").read_text())
-            options = [*stored["options"], *options]
-            if launch_file.is_file() and launch_file.read_bytes() == own_copy.read_bytes():
-                launch_file, original = own_copy, Path(stored["file"])
-        if not launch_file.is_file():
-            raise Refused(
-                f"expected a launch file, got {launch_file}, which is not there; "
-                "launch/ holds examples"
-            )
-        self.launch = {"file": str(original.resolve()), "options": options}
-        self.source = launch_file.read_bytes()
-        plan = _prepare_in_child(launch_file.resolve(), original.resolve(), options)
-        if not self.is_new:
-            from asyncrl.describe import differences
-
-            before = json.loads((self.folder / "config.json").read_text())
-            changed = differences(before["config"], plan.config)
-            if changed:
-                raise Refused(
-                    f"expected the configuration that run {self.folder.name} began with, got:",
-                    *(f"    {line}" for line in changed),
-                    "resume it without these changes, or begin a run with another id",
-                )
-        return plan
-
-    def begin(self, plan: Plan) -> None:
-        """Make the run folder say what is being run."""
-        if self.lock is None:
-            self._lock()
-        config = {"config": plan.config, "versions": versions(), "git": _git_revision()}
-        config["launch"] = self.launch
-        try:
-            files = {"plan.json": vars(plan), "config.json": config, "launch.json": self.launch}
-            write_atomically(self.folder / "launch.py", self.source)
-            for name, content in files.items():
-                write_atomically(self.folder / name, json.dumps(content, indent=1).encode())
-            (self.folder / "logs").mkdir(exist_ok=True)
-        except OSError as error:
-            raise Refused(
-                f"expected a run folder that can be written, got {error}; make room or give "
-                "permission: a run that cannot be saved is not begun"
-            ) from None
-
-
-def _prepare_in_child(launch_file: Path, original: Path, options: list[str]) -> Plan:
-    read_end, write_end = os.pipe()
-    command = [sys.executable, "-m", "asyncrl.run", "prepare", "0", str(launch_file),
-               str(original), str(write_end), *options]  # fmt: skip
-    child = subprocess.Popen(command, pass_fds=[write_end])
-    os.close(write_end)
-    with os.fdopen(read_end) as file:
-        text = file.read()
-    status = child.wait()
-    if status != 0 or not text:
-        raise SystemExit(status if status > 0 else 128 - status)
-    return Plan(**json.loads(text))
-
-
-def preflight(plan: Plan, runs: Path, available: int | None = None) -> None:
-    """Refuse, with the arithmetic, a run that memory or disk cannot hold."""
-    needed = sum(nbytes for _, nbytes in plan.memory)
-    limits = {"available": psutil.virtual_memory().available if available is None else available}
-    limits |= _cgroup_memory()
-    source = min(limits, key=limits.get)
-    if needed > limits[source]:
-        raise Refused(
-            f"expected {needed / 1e9:.2f} GB of memory, got {limits[source] / 1e9:.2f} GB "
-            f"({source}); the run needs:",
-            *(f"    {nbytes / 1e9:8.3f} GB  {what}" for what, nbytes in plan.memory),
-            "lower --algorithm.replay.capacity, --actor.num-actors or --actor.envs-per-lane",
-        )
-    place = next(path for path in (runs, *runs.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    if plan.disk_nbytes * 1.1 > free:
-        raise Refused(
-            f"expected {plan.disk_nbytes * 1.1 / 1e9:.2f} GB of disk in {place} for the saved "
-            f"replay, got {free / 1e9:.2f} GB; lower --algorithm.replay.capacity or use "
-            "--learner.save-replay False (a resumed run then fills its replay anew)"
-        )
-
-
-def _cgroup_memory() -> dict[str, int]:
-    """What the container's own limit leaves, where there is one."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit = (folder / "memory.max").read_text().strip()
-        used = int((folder / "memory.current").read_text())
-        return {} if limit == "max" else {"left of the container's limit": int(limit) - used}
-    except (OSError, ValueError):
-        return {}
-
-
-def _git_revision() -> str | None:
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        result = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-            capture_output=True, text=True, timeout=5,
-        )  # fmt: skip
-        return result.stdout.strip() or None
-    return None
-
-
-# -- while it runs -------------------------------------------------------------------------------
 
 
 @dataclass
@@ -295,7 +133,7 @@ class Supervisor:
         wake_write.setblocking(False)
         previous = {
             number: signal.signal(number, lambda number, frame: self.signals.append(number))
-            for number in (signal.SIGINT, signal.SIGTERM)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         }
         previous_fd = signal.set_wakeup_fd(wake_write.fileno(), warn_on_full_buffer=False)
         self.events.event("start", f"run {self.folder.name} started", pid=os.getpid())
@@ -308,6 +146,9 @@ class Supervisor:
                 self._bury_the_dead()
                 self._look_at_hearts()
                 self._start_the_due()
+                self.status.words[Status.ALIVE] = sum(
+                    child.role == "actor" and child.process is not None for child in self.children
+                )
                 refresh()
         finally:
             self._end_all()
@@ -342,7 +183,11 @@ class Supervisor:
         if child.role == "actor":
             for ring in self._rings_of(child):
                 ring.words[Word.BEAT] = 0
-        flat = [fd for value in self.fds.values() for fd in ([value] if isinstance(value, int) else value)]
+        flat = [
+            fd
+            for value in self.fds.values()
+            for fd in ([value] if isinstance(value, int) else value)
+        ]
         command = [sys.executable, "-m", "asyncrl.run", child.role, str(child.index),
                    str(self.folder), str(os.getpid()), str(child.generation),
                    json.dumps(self.fds)]  # fmt: skip
@@ -358,6 +203,7 @@ class Supervisor:
             )
         child.pidfd = os.pidfd_open(child.process.pid)
         verb = "started" if child.generation == 0 else "restarted"
+        self.status.words[Status.RESTARTS] += child.generation > 0
         self.events.event(
             verb, f"{child.name} {verb}", pid=child.process.pid, generation=child.generation
         )
@@ -408,14 +254,18 @@ class Supervisor:
         back_off = min(BACK_OFF_SECONDS * 2 ** (len(child.deaths) - 1), MAX_BACK_OFF_SECONDS)
         if given_up:
             child.gone = True
-            self.events.event("gave-up", f"{child.name} died {len(child.deaths)} times in "
-                              f"{RESTART_WINDOW_SECONDS / 60:.0f} minutes; not restarted")  # fmt: skip
+            minutes = RESTART_WINDOW_SECONDS / 60
+            times = f"{len(child.deaths)} times in {minutes:.0f} minutes"
+            self.events.event("gave-up", f"{child.name} died {times}; not restarted")
             actors = [other for other in self.children if other.role == "actor"]
             turn_based = self.plan.schedule != "async"
             needed = child.role in ("learner", "serial") or (child.role == "actor" and turn_based)
             if needed or (child.role == "actor" and all(other.gone for other in actors)):
-                print(f"asyncrl: {report}\nasyncrl: the run cannot go on without "
-                      f"{child.name}; see {self.folder / 'events.log'}", file=sys.stderr)  # fmt: skip
+                where = f"see {self.folder / 'events.log'}"
+                print(f"asyncrl: {report}", file=sys.stderr)
+                print(
+                    f"asyncrl: the run cannot go on without {child.name}; {where}", file=sys.stderr
+                )
                 self.exit_status = EXIT_FAILED
         elif self.plan.schedule == "async" or child.role == "evaluator":
             child.restart_at = now + back_off
@@ -435,7 +285,6 @@ class Supervisor:
         for ring in self.rings:
             ring.words[:] = 0
         self.segments["weights"].buffer[:8] = bytes(8)
-        self.status.words[Status.READY] = 0
 
     def _start_the_due(self) -> None:
         now = time.monotonic()
@@ -477,7 +326,11 @@ class Supervisor:
             name = signal.Signals(self.signals[0]).name
             self.events.event("stopping", f"{name}: checkpoint and exit; a second one: at once")
             self._ask_to_stop()
-            if all(child.process is None for child in self.children if child.role in ("learner", "serial")):
+            if all(
+                child.process is None
+                for child in self.children
+                if child.role in ("learner", "serial")
+            ):
                 self.exit_status = 128 + self.signals[0]
         if len(self.signals) > 1 or (self.stop_deadline is not None and now > self.stop_deadline):
             why = "a second signal" if len(self.signals) > 1 else "no checkpoint in time"
@@ -502,5 +355,3 @@ class Supervisor:
                 child.process.kill()
                 child.process.wait()
                 self._forget_process(child)
-
-

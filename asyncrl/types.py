@@ -229,12 +229,14 @@ def space_to_json(space: spaces.Space) -> dict:
     if isinstance(space, spaces.Discrete):
         return {"discrete": int(space.n), "start": int(space.start), "dtype": str(space.dtype)}
     if isinstance(space, spaces.MultiDiscrete):
-        return {"multi_discrete": space.nvec.tolist(), "dtype": str(space.dtype)}
+        start = space.start.tolist()
+        return {"multi_discrete": space.nvec.tolist(), "start": start, "dtype": str(space.dtype)}
     if isinstance(space, spaces.MultiBinary):
-        return {"multi_binary": list(space.shape)}
+        return {"multi_binary": space.n if isinstance(space.n, int) else list(space.n)}
     space_fields(space)  # refuses every other kind in words
     low, high = (
-        str(bound.flat[0]) if bound.size and (bound == bound.flat[0]).all()
+        str(bound.flat[0])
+        if bound.size and (bound == bound.flat[0]).all()
         else [str(value) for value in bound.flat]
         for bound in (space.low, space.high)
     )  # as text, because JSON has no infinity
@@ -243,7 +245,8 @@ def space_to_json(space: spaces.Space) -> dict:
 
 def space_from_json(data: dict) -> spaces.Space:
     if "dict" in data:
-        return spaces.Dict({key: space_from_json(part) for key, part in data["dict"].items()})
+        # Pairs, for a plain dict would be sorted.
+        return spaces.Dict([(key, space_from_json(part)) for key, part in data["dict"].items()])
     if "tuple" in data:
         return spaces.Tuple([space_from_json(part) for part in data["tuple"]])
     if "discrete" in data:
@@ -251,7 +254,7 @@ def space_from_json(data: dict) -> spaces.Space:
         return spaces.Discrete(data["discrete"], start=data["start"], dtype=dtype)
     if "multi_discrete" in data:
         dtype = np.dtype(data["dtype"]).type
-        return spaces.MultiDiscrete(np.array(data["multi_discrete"]), dtype=dtype)
+        return spaces.MultiDiscrete(np.array(data["multi_discrete"]), dtype, start=data["start"])
     if "multi_binary" in data:
         return spaces.MultiBinary(data["multi_binary"])
     shape, dtype = tuple(data["box"]), np.dtype(data["dtype"])

@@ -2,13 +2,18 @@
 
 from dataclasses import replace
 
-from asyncrl.actor import ActorConfig
-from asyncrl.algorithms.dqn import DQNConfig, ReplayConfig
-from asyncrl.config import Config, main
-from asyncrl.envs import EnvConfig
-from asyncrl.evaluate import EvaluationConfig
-from asyncrl.models import ModelConfig
-from asyncrl.policies import EpsilonGreedy, Linear
+from asyncrl import (
+    ActorConfig,
+    Config,
+    DQNConfig,
+    EnvConfig,
+    EpsilonGreedy,
+    EvaluationConfig,
+    Linear,
+    ModelConfig,
+    ReplayConfig,
+    main,
+)
 
 config = Config(
     env=EnvConfig("ALE/Breakout-v5", protocol="classic"),

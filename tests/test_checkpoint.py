@@ -14,13 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from asyncrl import checkpoint
-from asyncrl.checkpoint import (
-    CheckpointError,
-    Checkpoints,
-    SegmentWriter,
-    read_segments,
-    write_atomically,
-)
+from asyncrl.checkpoint import Checkpoints
+from asyncrl.disk import PIECE_NBYTES, CheckpointError, write_atomically
+from asyncrl.segments import SegmentWriter, read_segments
 
 FILES = ["tensors.safetensors", "state.json", "manifest.json"]
 RECORD = 16
@@ -84,7 +80,7 @@ def test_every_dtype_and_shape_comes_back(tmp_path):
     assert len(tensors) == 13 * 4
     tensors["a view"] = np.arange(40, dtype=np.int16).reshape(5, 8)[::2, ::-3]
     tensors["big-endian"] = np.arange(3, dtype=">f8")
-    tensors["several pieces"] = rng.integers(0, 256, checkpoint.PIECE_NBYTES + 3, dtype=np.uint8)
+    tensors["several pieces"] = rng.integers(0, 256, PIECE_NBYTES + 3, dtype=np.uint8)
     state = {"nested": [1, None, {"é": 0.1}], "large": 2**70, "nan": float("inf")}
     path = Checkpoints(tmp_path).save(1, tensors, state)
     loaded = Checkpoints(tmp_path).newest_valid()

@@ -13,15 +13,8 @@ import pytest
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
-from asyncrl.envs import (
-    EnvConfig,
-    EnvDataError,
-    EnvDied,
-    EnvGroup,
-    EnvStalled,
-    make_envs,
-    seed_for,
-)
+from asyncrl.env_group import EnvDataError, EnvDied, EnvGroup, EnvStalled
+from asyncrl.envs import EnvConfig, make_envs, seed_for
 from tests import counting_env
 
 COUNTING = "tests.counting_env:Counting-v0"

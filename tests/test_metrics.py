@@ -13,18 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from asyncrl import metrics
-from asyncrl.metrics import (
-    EpisodeStatistics,
-    EventLog,
-    Rate,
-    RunLog,
-    TimeShares,
-    bottleneck,
-    read_episodes,
-    read_events,
-    read_metrics,
-)
+from asyncrl import logs
+from asyncrl.logs import EventLog, RunLog, read_episodes, read_events, read_metrics
+from asyncrl.metrics import EpisodeStatistics, Rate, TimeShares, bottleneck
 
 
 @pytest.fixture
@@ -249,8 +240,8 @@ def test_logging_needs_no_torch(tmp_path):
     """The supervisor imports this file and must stay small; the file is loaded alone here."""
     code = (
         "import importlib.util, sys\n"
-        f"spec = importlib.util.spec_from_file_location('metrics', {metrics.__file__!r})\n"
-        "sys.modules['metrics'] = module = importlib.util.module_from_spec(spec)\n"
+        f"spec = importlib.util.spec_from_file_location('logs', {logs.__file__!r})\n"
+        "sys.modules['logs'] = module = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(module)\n"
         f"module.RunLog({str(tmp_path)!r}).write({{'env_steps': 1}})\n"
         "assert not {'torch', 'asyncrl', 'tensorflow'} & set(sys.modules)\n"
@@ -282,7 +273,7 @@ def test_an_event_cut_short_does_not_spoil_the_next(tmp_path):
     log = EventLog(tmp_path / "events.log")
     log.event("start", "run")
     with open(log.path, "a") as file:
-        file.write('2026-99-99T12:00:00.1Z  death      no such day\n')
+        file.write("2026-99-99T12:00:00.1Z  death      no such day\n")
         file.write('2026-01-01T12:00:00.1Z  death      text  field="open\n2026-01-01T12:0')
     assert [event.kind for event in read_events(log.path)] == ["start"]
     log.event("restart", "actor 1 restarted")

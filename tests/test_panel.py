@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from asyncrl import panel as panel_module
-from asyncrl.metrics import EventLog, RunLog
+from asyncrl.logs import EventLog, RunLog
 from asyncrl.panel import Panel, Tail, count, duration, sparkline, stacked
 
 ROW = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from asyncrl import plots
-from asyncrl.metrics import RunLog
+from asyncrl.logs import RunLog
 from asyncrl.plots import interquartile_mean, plot, smooth
 
 

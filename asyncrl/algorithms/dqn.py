@@ -13,24 +13,8 @@ from asyncrl.algorithms.returns import n_step_return
 from asyncrl.models.precision import Precision, computes_in_bfloat16
 from asyncrl.policies import value_at
 from asyncrl.stores.limiter import RateLimiter
-from asyncrl.stores.replay import Replay, Sample
+from asyncrl.stores.replay import Replay, ReplayConfig, Sample
 from asyncrl.types import Spec, tree_map
-
-
-@dataclass(frozen=True)
-class ReplayConfig:
-    """How much is kept and how often it is learned from."""
-
-    capacity: int = 1_000_000
-    """Env steps kept."""
-    samples_per_insert: float = 8.0
-    """Transitions drawn an env step: batch_size / samples_per_insert env steps an update."""
-    learning_starts: int = 20_000
-    """Env steps before the first update."""
-    tolerance: int = 0
-    """Env steps that actors may run ahead of the ratio (0: twice the least possible)."""
-    device: str = "auto"
-    """"auto": on the GPU when it fits there, else in host memory; or a torch device."""
 
 
 @dataclass(frozen=True)

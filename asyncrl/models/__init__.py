@@ -53,12 +53,13 @@ class Network(nn.Module):
                 f"{self.frame_stack} for {type(observation_space).__name__}"
             )
         if not self.is_tree:
-            dtype = torch.from_numpy(observation_space.sample()[..., None]).dtype \
-                if observation_space.shape else torch.int64
+            dtype = (
+                torch.from_numpy(observation_space.sample()[..., None]).dtype
+                if observation_space.shape
+                else torch.int64
+            )
             self.stack = FrameStack(self.frame_stack, observation_space.shape, dtype)
-        self.encoder = encoder(
-            observation_space, self.frame_stack, config.features, config.hidden
-        )
+        self.encoder = encoder(observation_space, self.frame_stack, config.features, config.hidden)
         self.head = QHead(self.encoder.features, action_space, config.dueling)
         self.to(memory_format=torch.channels_last)
 
@@ -71,4 +72,6 @@ class Network(nn.Module):
             obs, state = self.stack(obs, first, state)
         merged = tree_map(lambda leaf: leaf.flatten(0, 1), obs)
         outputs = self.head(self.encoder(merged))
-        return {name: output.float().unflatten(0, (T, B)) for name, output in outputs.items()}, state
+        return {
+            name: output.float().unflatten(0, (T, B)) for name, output in outputs.items()
+        }, state

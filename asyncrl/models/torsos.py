@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
@@ -45,7 +47,7 @@ class SmallImageTorso(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """(N, k, *frame) of stacked grey (H, W) or colour (H, W, C) / (C, H, W) frames -> (N, features)."""
+    """(N, k, *frame) of stacked (H, W), (H, W, C) or (C, H, W) frames -> (N, features)."""
 
     def __init__(self, space: spaces.Box, stack: int, features: int):
         super().__init__()
@@ -91,7 +93,7 @@ class VectorEncoder(nn.Module):
             size = stack * len(space.nvec.flat)
         sizes = (size, *hidden)
         layers: list[nn.Module] = []
-        for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+        for inputs, outputs in pairwise(sizes):
             layers += [scale(nn.Linear(inputs, outputs)), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
         self.features = sizes[-1]

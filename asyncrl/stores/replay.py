@@ -24,6 +24,22 @@ from asyncrl.stores.limiter import RateLimiter
 from asyncrl.types import Field, Spec, Tree, Unroll, tree_leaves, tree_map
 
 
+@dataclass(frozen=True)
+class ReplayConfig:
+    """How much is kept and how often it is learned from."""
+
+    capacity: int = 1_000_000
+    """Env steps kept."""
+    samples_per_insert: float = 8.0
+    """Transitions drawn an env step: batch_size / samples_per_insert env steps an update."""
+    learning_starts: int = 20_000
+    """Env steps before the first update."""
+    tolerance: int = 0
+    """Env steps that actors may run ahead of the ratio (0: twice the least possible)."""
+    device: str = "auto"
+    """"auto": on the GPU when it fits there, else in host memory; or a torch device."""
+
+
 class Sample(NamedTuple):
     """N transitions of up to n steps; `obs` and `next_obs` come with what a model needs beside."""
 
@@ -129,7 +145,9 @@ class Replay:
         lane.follows = (identity[0], identity[1] + 1)
         lane.end = begin + T + 1
 
-        tree_map(lambda column, new: self._write(column, lane_index, begin, new), self.obs, unroll.obs)
+        tree_map(
+            lambda column, new: self._write(column, lane_index, begin, new), self.obs, unroll.obs
+        )
         self._write(self.first, lane_index, begin, unroll.first)
         for column, new in (
             (self.action, unroll.action),
@@ -196,7 +214,7 @@ class Replay:
         return self.valid[self._flat(lane_index, row), env] & complete & (reach >= oldest)
 
     def _forget_old(self) -> None:
-        """Nothing older than `capacity` env steps is drawn, not even from a lane that stands still."""
+        """Draw nothing older than `capacity` env steps, not even from a lane that stands still."""
         T = self.spec.unroll_length
         while self.unrolls:
             lane_index, begin, inserted_before = self.unrolls[0]
@@ -260,7 +278,7 @@ class Replay:
         )  # fmt: skip
 
     def _observe(self, lane: Tensor, row: Tensor, env: Tensor) -> tuple[Tree, Tensor, dict]:
-        """The observation at a row as a model wants it: (1, N, ...), first and the frames before."""
+        """The observation at a row as a model wants it: (1, N, ...), first, the frames before."""
         at = self._flat(lane, row)
         first = self.first[at, env].unsqueeze(0)
         if self.frame_stack == 1:
@@ -321,14 +339,14 @@ class Replay:
         return min(self.limiter.inserted / self.capacity, 1.0)
 
     def position(self) -> dict:
-        """What `restart_at` needs so that the unrolls inserted from here on rebuild the same rows."""
+        """What `restart_at` needs so that the unrolls inserted from here on rebuild the rows."""
         return {
             "inserted": self.limiter.inserted,
             "lanes": [[lane.end, *(lane.follows or (-1, -1))] for lane in self.lanes],
         }
 
     def restart_at(self, position: dict) -> None:
-        """Empty the replay and go on from a `position()`; insert the unrolls since then to restore."""
+        """Empty the replay, to be rebuilt by inserting the unrolls since a `position()`."""
         self.drawable.zero_()
         self.valid.zero_()
         self.unrolls.clear()

@@ -1,1 +1,1 @@
-"""Unrolls one way, weights the other: `ring` and `weights` are pure, `shared_memory` carries them."""
+"""Unrolls one way, weights the other: `ring` and `weights` are pure, `shared_memory` carries."""

@@ -51,9 +51,7 @@ class Ring:
         layout, self.slot_bytes = spec.layout, spec.layout.nbytes
         offsets = [CONTROL_BYTES + slot * self.slot_bytes for slot in range(num_slots)]
         self.slots: list[Unroll] = [layout.views(buffer, offset) for offset in offsets]
-        self.raw = [
-            np.ndarray((self.slot_bytes,), np.uint8, buffer, offset) for offset in offsets
-        ]
+        self.raw = [np.ndarray((self.slot_bytes,), np.uint8, buffer, offset) for offset in offsets]
 
     @staticmethod
     def nbytes(spec: Spec, num_slots: int) -> int:
@@ -64,7 +62,7 @@ class Ring:
         return int(self.words[word])
 
     def start_at(self, sequence: int) -> None:
-        """Set all cursors of a lane where nothing was permitted yet: its next unroll is `sequence`."""
+        """Set all cursors, before anything is permitted: the next unroll is `sequence`."""
         self.words[[Word.HEAD, Word.TAIL, Word.PERMITTED]] = sequence
 
 
@@ -82,7 +80,9 @@ class UnrollWriter:
     def may_begin(self) -> bool:
         """Whether the next unroll is permitted and has a free slot."""
         words, sequence = self.ring.words, self.sequence
-        return sequence < words[Word.PERMITTED] and sequence < words[Word.TAIL] + self.ring.num_slots
+        return (
+            sequence < words[Word.PERMITTED] and sequence < words[Word.TAIL] + self.ring.num_slots
+        )
 
     def reserve(self) -> Unroll | None:
         """The slot of the next unroll to fill in place, or None when it may not begin."""

@@ -1,13 +1,20 @@
 """A small run in turns: CartPole with DQN, checkpoints every 1,000 env steps."""
 
-from asyncrl.actor import ActorConfig
-from asyncrl.algorithms.dqn import DQNConfig, ReplayConfig
-from asyncrl.config import Config
-from asyncrl.envs import EnvConfig
-from asyncrl.evaluate import EvaluationConfig
-from asyncrl.learner import LearnerConfig
-from asyncrl.models import ModelConfig
-from asyncrl.policies import EpsilonGreedy, Linear, Mixture, Part, Softmax
+from asyncrl import (
+    ActorConfig,
+    Config,
+    DQNConfig,
+    EnvConfig,
+    EpsilonGreedy,
+    EvaluationConfig,
+    LearnerConfig,
+    Linear,
+    Mixture,
+    ModelConfig,
+    Part,
+    ReplayConfig,
+    Softmax,
+)
 
 config = Config(
     env=EnvConfig("CartPole-v1"),

@@ -4,7 +4,6 @@ import os
 
 import gymnasium as gym
 import numpy as np
-from tests.counting_env import CountingEnv
 
 from asyncrl.actor import ActorConfig
 from asyncrl.algorithms.dqn import DQN, DQNConfig, ReplayConfig
@@ -16,6 +15,7 @@ from asyncrl.models import ModelConfig
 from asyncrl.policies import Random
 from asyncrl.stores.replay import Replay
 from asyncrl.types import tree_map
+from tests.counting_env import CountingEnv
 
 
 class Moments(CountingEnv):

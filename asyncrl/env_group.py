@@ -1,0 +1,300 @@
+"""B environments behind `send` and `recv`; the only place that knows which row is a reset step.
+
+Environments run with Gymnasium's NEXT_STEP autoreset: an env that ended at row t shows its true
+final observation as obs[t+1]; on row t+1 it ignores the action, resets, and the row is not valid. A
+lost life under the protocol "classic" ends the return (`terminated`) but not the game: no reset
+step follows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from multiprocessing.connection import wait
+from typing import Any, NamedTuple
+
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+
+from asyncrl.env_config import EnvConfig
+
+
+class EnvStalled(TimeoutError):
+    """Environments did not answer in time."""
+
+
+class EnvDied(RuntimeError):
+    """The process of an environment died."""
+
+
+class EnvDataError(RuntimeError):
+    """An environment handed out what its spaces or Gymnasium's contract rule out."""
+
+
+class Step(NamedTuple):
+    """Row t, whose action was just sent; arrays (B, ...) that nobody writes again."""
+
+    obs: Any  # tree of (B, *obs): obs[t+1]
+    first: np.ndarray  # bool: obs[t+1] opens an episode
+    reward: np.ndarray  # float32, unclipped
+    terminated: np.ndarray  # bool: also at a lost life under "classic"
+    truncated: np.ndarray  # bool
+    valid: np.ndarray  # bool: False exactly at a reset step
+    game_over: np.ndarray  # bool: the episode ended, lives and all; row t+1 is a reset step
+    episode_return: np.ndarray  # float32: of the whole game that ended here, else 0
+    episode_length: np.ndarray  # int32: its env steps, else 0
+
+
+class EnvGroup:
+    """B environments stepped together: `send` the actions, then `recv` what became of them.
+
+    Where the env can (ALE, AsyncVectorEnv) it works between the two; otherwise `recv` does all.
+    """
+
+    def __init__(self, env: VectorEnv, config: EnvConfig, num_envs: int):
+        _check_vector_env(env, config, num_envs)
+        is_gymnasium = isinstance(env, AsyncVectorEnv | SyncVectorEnv)
+        self._is_async = isinstance(env, AsyncVectorEnv)
+        self._is_ale = _is_ale(env)
+        self._sends = self._is_ale and env.unwrapped is env  # a wrapper has step() alone
+        # Without shared memory AsyncVectorEnv does not cancel its own reset (Gymnasium 1.4).
+        resets_some = self._is_ale or (is_gymnasium and getattr(env, "shared_memory", True))
+        if config.max_idle_steps and not resets_some:
+            raise ValueError(
+                f"env.max_idle_steps: expected 0, got {config.max_idle_steps}: {type(env).__name__}"
+                " cannot be asked to reset single environments; give it a time limit of its own"
+            )
+        self.num_envs = num_envs
+        self._env, self._config = env, config
+        # Theirs are new arrays each time; anybody else's may be one buffer, written again.
+        self._copies = not (self._sends or (is_gymnasium and env.copy))
+        atari = config.ale_parameters if self._is_ale or config.is_ale else {}
+        self.env_step_frames = int(atari.get("frameskip", 1))
+        self._max_frames = atari.get("max_num_frames_per_episode")
+        self._squeezes = config.protocol != "none"  # (1, 84, 84) -> (84, 84)
+        space = env.single_observation_space
+        if self._squeezes:
+            space = spaces.Box(space.low[0], space.high[0], dtype=space.dtype)
+        _check_observation_space(space, config)
+        self.observation_space: spaces.Space = space
+        self.action_space, self._action_start = _actions_from_zero(env.single_action_space, config)
+
+    def reset(self, seed: int) -> Any:
+        """Start every game anew: obs[0], whose `first` is True everywhere."""
+        obs, info = self._reset(seed=int(seed))
+        B = self.num_envs
+        self._ended = np.zeros(B, bool)  # the row to come is a reset step ...
+        self._cut = np.zeros(B, bool)  # ... that the env knows nothing of: we ended the game
+        self._return, self._length = np.zeros(B, np.float64), np.zeros(B, np.int32)
+        self._idle = np.zeros(B, np.int32)
+        self._lives = info.get("lives")
+        return self._observation(obs)
+
+    def send(self, action: np.ndarray) -> None:
+        """Start a step with actions (B, *action)."""
+        space, action = self.action_space, np.asarray(action)
+        expected = (self.num_envs, *space.shape)
+        if action.shape != expected:
+            raise ValueError(f"actions: expected shape {expected}, got {action.shape}")
+        # ALE never answers an action out of range: the thread that meets it drops the row.
+        in_range = not isinstance(space, spaces.Discrete) or ((action >= 0) & (action < space.n))
+        if not np.all(in_range):
+            raise ValueError(f"actions: expected 0 to {space.n - 1}, got {action.tolist()}")
+        action = action.astype(space.dtype, casting="same_kind", copy=False)
+        self._action = action if self._action_start is None else action + self._action_start
+        if self._sends:
+            self._env.send(self._action)
+        elif self._is_async:
+            try:
+                self._env.step_async(self._action)
+            except ConnectionError as error:
+                raise self._died() from error
+
+    def recv(self, timeout_seconds: float | None = None) -> Step:
+        """Finish the step. Only of AsyncVectorEnv can one tire after `timeout_seconds`."""
+        obs, reward, terminated, truncated, info = self._finish(timeout_seconds)
+        if self._cut.any():  # these took one step too many: forget it, reset them now
+            obs, new_info = self._reset(options={"reset_mask": self._cut.copy()})
+            info, going_on = info | new_info, ~self._cut
+            reward = reward * going_on
+            terminated, truncated = terminated & going_on, truncated & going_on
+        reset_step = self._ended
+        reward = np.array(reward, np.float32)
+        terminated, truncated = np.array(terminated, bool), np.array(truncated, bool)
+        game_over = terminated | truncated
+        self._check(reward, (game_over | (reward != 0)) & reset_step, info)
+
+        self._return = self._return + reward
+        self._length = self._length + ~reset_step
+        if self._is_ale:
+            # A lost life leaves lives over. One lost just as the time is up does end the game.
+            life_lost = terminated & (info["lives"] > 0) & (info["lives"] < self._lives)
+            game_over &= ~life_lost | (self._length * self.env_step_frames >= self._max_frames)
+            self._lives = info["lives"]
+        if self._config.max_idle_steps:
+            self._idle = np.where((reward != 0) | reset_step, 0, self._idle + 1)
+            self._cut = (self._idle >= self._config.max_idle_steps) & ~game_over
+            truncated |= self._cut & ~terminated
+            game_over |= self._cut
+        self._ended = game_over
+        step = Step(
+            obs=self._observation(obs),
+            first=reset_step,
+            reward=reward,
+            terminated=terminated,
+            truncated=truncated,
+            valid=~reset_step,
+            game_over=game_over,
+            episode_return=np.where(game_over, self._return, 0).astype(np.float32),
+            episode_length=np.where(game_over, self._length, 0),
+        )
+        self._return, self._length = self._return * ~game_over, self._length * ~game_over
+        return step
+
+    def close(self) -> None:
+        """Let the environments go; workers that do not leave within two seconds are killed."""
+        env, self._env = self._env, None
+        if env is not None:
+            close_env(env)
+
+    def _reset(self, **kwargs) -> tuple[Any, dict]:
+        try:
+            return self._env.reset(**kwargs)
+        except (EOFError, ConnectionError) as error:
+            if not self._is_async:
+                raise
+            raise self._died() from error
+
+    def _finish(self, timeout_seconds: float | None) -> tuple:
+        if self._sends:
+            return self._env.recv()
+        if not self._is_async:
+            return self._env.step(self._action)
+        if timeout_seconds is not None:
+            deadline = time.monotonic() + timeout_seconds
+            polls = [p.poll(max(0, deadline - time.monotonic())) for p in self._env.parent_pipes]
+            if late := [i for i, ready in enumerate(polls) if not ready]:
+                raise EnvStalled(
+                    f"{self._config.id}: environments {late} did not finish their step within "
+                    f"{timeout_seconds:g} s"
+                )
+        try:
+            return self._env.step_wait()
+        except (EOFError, ConnectionError) as error:
+            raise self._died() from error
+
+    def _died(self) -> EnvDied:
+        workers = self._env.processes
+        gone = wait([worker.sentinel for worker in workers], timeout=1)
+        dead = []
+        for i, worker in enumerate(workers):
+            if worker.sentinel in gone:
+                worker.join(1)  # its files close a moment before its exit code is known
+                dead.append(f"{i} (pid {worker.pid}, exit code {worker.exitcode})")
+        who = ", ".join(dead) or "?"
+        return EnvDied(f"{self._config.id}: the process of environment {who} died")
+
+    def _check(self, reward: np.ndarray, no_reset: np.ndarray, info: dict) -> None:
+        if not np.isfinite(reward).all():
+            raise EnvDataError(
+                f"{self._config.id}: expected finite rewards, got {reward.tolist()} for actions "
+                f"{self._action.tolist()}"
+            )
+        if "final_obs" in info or no_reset.any():
+            raise EnvDataError(
+                f"{self._config.id}: expected the step after an end to reset and do no more, as "
+                "autoreset NEXT_STEP has it, got a reward or an end; check the env's autoreset"
+            )
+
+    def _observation(self, obs: Any) -> Any:
+        return self._adopt(self.observation_space, obs[:, 0] if self._squeezes else obs, "obs")
+
+    def _adopt(self, space: spaces.Space, obs: Any, name: str) -> Any:
+        """Check a batch of observations against its space; copy it if the env may rewrite it."""
+        if isinstance(space, spaces.Dict):
+            return {key: self._adopt(space[key], obs[key], f"{name}[{key!r}]") for key in space}
+        if isinstance(space, spaces.Tuple):
+            return tuple(self._adopt(part, obs[i], f"{name}[{i}]") for i, part in enumerate(space))
+        expected, shape = (self.num_envs, *space.shape), getattr(obs, "shape", None)
+        if shape != expected or obs.dtype != space.dtype:
+            raise EnvDataError(
+                f"{self._config.id}: {name}: expected {space.dtype} of shape {expected} as its "
+                f"observation space says, got {getattr(obs, 'dtype', type(obs))} of shape {shape}"
+            )
+        return obs.copy() if self._copies else obs
+
+
+def _is_ale(env: VectorEnv) -> bool:
+    return type(env.unwrapped).__module__.startswith("ale_py")
+
+
+def _check_vector_env(env: Any, config: EnvConfig, num_envs: int) -> None:
+    if not isinstance(env, VectorEnv):
+        raise ValueError(
+            f"env.id: expected {config.id} to make a gymnasium.vector.VectorEnv, got "
+            f"{type(env).__name__}; wrap it as SyncVectorEnv([make_one] * num_envs)"
+        )
+    batch = env.unwrapped.batch_size if _is_ale(env) else num_envs
+    if env.num_envs != num_envs or batch != num_envs:
+        raise ValueError(
+            f"env.id: expected {config.id} to make {num_envs} environments stepped together, got "
+            f"{env.num_envs} in batches of {batch}"
+        )
+    mode = env.metadata.get("autoreset_mode")
+    if _is_ale(env):
+        mode = env.unwrapped.autoreset_mode
+    elif env.metadata is VectorEnv.metadata:
+        mode = None  # it has none: AtariVectorEnv left its own in the class's dict
+    if mode is None:
+        message = f"{config.id}: no metadata['autoreset_mode']; taken for NEXT_STEP, as Gymnasium"
+        warnings.warn(message + " does", stacklevel=4)
+    elif AutoresetMode(mode) is not AutoresetMode.NEXT_STEP:
+        raise ValueError(
+            f"env.id: expected {config.id} to have AutoresetMode.NEXT_STEP, got {mode}: unrolls "
+            "hold the true final observation in its place; pass autoreset_mode=NEXT_STEP to it"
+        )
+
+
+def _check_observation_space(space: spaces.Space, config: EnvConfig, name: str = "obs") -> None:
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        for key, part in space.items() if isinstance(space, spaces.Dict) else enumerate(space):
+            _check_observation_space(part, config, f"{name}[{key!r}]")
+        return
+    known = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary
+    if not isinstance(space, known) or space.dtype.kind not in "biuf":
+        raise ValueError(
+            f"{config.id}: {name}: expected Box, Discrete, MultiDiscrete, MultiBinary, or Dict or "
+            f"Tuple of them, got {space}; wrap the environment to show one of these"
+        )
+
+
+def _actions_from_zero(space: spaces.Space, config: EnvConfig) -> tuple[spaces.Space, Any]:
+    """The action space as policies see it, discrete actions from 0 on, and where they do start."""
+    start = getattr(space, "start", 0)
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+        count = space.n if isinstance(space, spaces.Discrete) else space.nvec
+        return type(space)(count), start if np.any(start) else None
+    if isinstance(space, spaces.Box) and space.dtype.kind in "iuf":
+        return space, None
+    raise ValueError(
+        f"{config.id}: expected an action space Discrete, MultiDiscrete or Box, got {space}; "
+        "wrap the environment to take one of these"
+    )
+
+
+def close_env(env: Any) -> None:
+    """Close without ever hanging: AsyncVectorEnv.close() waits for workers that may not answer."""
+    if not isinstance(env, AsyncVectorEnv):
+        return env.close() if hasattr(env, "close") else None
+    for pipe in env.parent_pipes:
+        with contextlib.suppress(OSError, AttributeError):  # dead, or None after an exception
+            pipe.send(("close", None))
+    deadline = time.monotonic() + 2
+    for process in env.processes:
+        process.join(max(0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join(2)
+    env.closed = True  # or its __del__ closes it once more

@@ -1,0 +1,139 @@
+"""The plan of a run: what its launch file means, found out once before anything is started.
+
+A short-lived child executes the launch file, builds the environment and the model once, and refuses
+what cannot work. Its plan is plain JSON, so that the supervisor needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from asyncrl.transport.ring import Ring
+from asyncrl.transport.weights import WeightsBuffer
+from asyncrl.types import Spec, fields_to_json
+
+EXIT_FAILED, EXIT_REFUSED = 1, 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `prepare` found out: all that the parent must know, in plain JSON types."""
+
+    config: dict  # described, for config.json and comparisons
+    spec: dict
+    weights: dict
+    memory: list  # of [what, bytes]
+    disk_nbytes: int
+    policies: list
+    num_actors: int
+    num_lanes: int
+    slots_per_lane: int
+    total_env_steps: int
+    schedule: str
+    evaluates: bool
+
+    @classmethod
+    def read(cls, folder: Path) -> Plan:
+        return cls(**json.loads((folder / "plan.json").read_text()))
+
+
+def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
+    """Execute the launch file, build env and model once, and refuse what cannot work."""
+    import torch
+
+    from asyncrl.actor import CONTEXT_FIELDS
+    from asyncrl.config import resolve
+    from asyncrl.describe import describe
+    from asyncrl.envs import make_envs
+    from asyncrl.policies import as_mixture
+    from asyncrl.transport.weights import weights_fields
+    from asyncrl.types import Field, tree_map
+
+    config = resolve(launch_file, options, original)
+    actor = config.actor
+    envs = make_envs(config.env, 1)
+    observation_space, action_space = envs.observation_space, envs.action_space
+    envs.close()
+    model = config.model(observation_space, action_space)
+    state = tree_map(lambda x: Field(tuple(x.shape[1:]), Field.of(x).dtype), model.initial_state(1))
+    spec = Spec(actor.unroll_length, actor.envs_per_lane, observation_space, action_space, state)
+    device = config.learner.resolved_device()
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "expected a CUDA device for learner.device='cuda', got none on this machine; "
+            "use --learner.device auto"
+        )
+    weights = weights_fields(model.state_dict(), CONTEXT_FIELDS)
+    store = config.algorithm.store_nbytes(model, spec, actor.num_lanes)
+    mixture = as_mixture(config.policy)
+    num_processes = 1 if config.schedule == "serial" else 1 + actor.num_actors
+    memory = [
+        [f"{actor.num_lanes} lanes of {actor.slots_per_lane} unrolls",
+         actor.num_lanes * Ring.nbytes(spec, actor.slots_per_lane)],
+        ["weights, two copies", WeightsBuffer.nbytes(weights)],
+        [f"{num_processes} processes of about 300 MB", num_processes * 300_000_000],
+        ["supervisor", 80_000_000],
+    ]  # fmt: skip
+    if device.type == "cpu":
+        memory.insert(0, ["replay", store])
+    rows = min(getattr(config.algorithm.replay, "capacity", 0), config.total_env_steps)
+    unrolls = rows / (spec.unroll_length * spec.num_envs)
+    return Plan(
+        config=describe(config),
+        spec=spec.to_json(),
+        weights=fields_to_json(weights),
+        memory=memory,
+        disk_nbytes=int(unrolls * spec.layout.nbytes) if config.learner.save_replay else 0,
+        policies=list(mixture.names),
+        num_actors=actor.num_actors,
+        num_lanes=actor.num_lanes,
+        slots_per_lane=actor.slots_per_lane,
+        total_env_steps=config.total_env_steps,
+        schedule=config.schedule,
+        evaluates=config.evaluation.period_steps > 0,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a run."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in ("torch", "numpy", "gymnasium", "ale-py"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def prepare_main(launch_file: Path, original: Path, fd: int, options: list[str]) -> int:
+    from asyncrl.config import ConfigError
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        plan = prepare(launch_file, options, original)
+    except (ConfigError, ValueError) as error:
+        print(f"asyncrl: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if Path(frame.filename) == original]
+        where = f" (line {own[-1].lineno})" if own else ""
+        traceback.print_exc()
+        print(f"asyncrl: {original}{where} cannot be used: {type(error).__name__}: {error}",
+              file=sys.stderr)  # fmt: skip
+        return EXIT_REFUSED
+    with os.fdopen(fd, "w") as file:
+        json.dump(vars(plan), file)
+    return 0

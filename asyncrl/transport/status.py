@@ -1,0 +1,38 @@
+"""The few words that all processes of a run share."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+STATUS_BYTES = 4096
+
+
+class Status:
+    """A few words all processes of a run share; each has one writer."""
+
+    def __init__(self, buffer):
+        self.words = np.ndarray((8,), np.int64, buffer, 0)
+        self.numbers = np.ndarray((16,), np.float64, buffer, 1024)
+
+    STOP, ALIVE, RESTARTS = range(3)  # written by the supervisor
+    LEARNER_BEAT, EVALUATOR_BEAT = 3, 4  # written by their owners
+    EVALUATION = ("eval/return", "eval/life_return", "eval/length", "eval/episodes",
+                  "eval/env_steps")  # fmt: skip
+
+    @property
+    def stopping(self) -> bool:
+        return bool(self.words[self.STOP])
+
+    def beat(self, word: int) -> None:
+        self.words[word] = time.monotonic_ns()
+
+    def metrics(self) -> dict[str, float]:
+        """What the supervisor and the evaluator have to say in a row of metrics."""
+        row = {
+            "actors/alive": int(self.words[self.ALIVE]),
+            "actors/restarts": int(self.words[self.RESTARTS]),
+        }
+        evaluation = dict(zip(self.EVALUATION, self.numbers.tolist(), strict=False))
+        return row | (evaluation if evaluation["eval/episodes"] else {})

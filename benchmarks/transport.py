@@ -1,0 +1,221 @@
+"""What the shared memory costs: the ring against plain copies of the same bytes, and the weights.
+
+    python benchmarks/transport.py
+
+A real unroll of launch/breakout_dqn.py goes from private memory into a slot, field by field, and out
+of it into private memory. `plain` makes the same two copies, whole, with numpy and nothing else; in
+two processes both sides copy at once and nobody waits. Pairs ring, plain alternate.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+
+import numpy as np
+import torch
+from measure import REPOSITORY, Report, arguments, like_a_run, median, wire
+
+from asyncrl.config import resolve
+from asyncrl.models.precision import computes_in_bfloat16
+from asyncrl.transport.ring import Ring, UnrollReader, UnrollWriter
+from asyncrl.transport.shared_memory import Doorbell, Segment
+from asyncrl.transport.weights import WeightsBuffer, WeightsReader, WeightsWriter, weights_fields
+from asyncrl.types import tree_map
+
+NUM_BUFFERS = 8  # private unrolls on each side, taken in turn, so that both sides touch real memory
+STEP_FIELDS = ("obs", "first", "action", "log_prob", "reward", "terminated", "truncated", "valid",
+               "policy", "episode_return", "episode_length")  # fmt: skip
+
+
+def fill(slot, source) -> None:
+    """Whole fields in place."""
+    tree_map(np.copyto, slot, source)
+
+
+def fill_in_steps(slot, source) -> None:
+    """The same bytes in as many small pieces as an actor writes."""
+    tree_map(np.copyto, slot.state, source.state)
+    tree_map(np.copyto, slot.header, source.header)
+    for t in range(len(slot.reward)):
+        for name in STEP_FIELDS:
+            getattr(slot, name)[t] = getattr(source, name)[t]
+    slot.obs[-1], slot.first[-1] = source.obs[-1], source.first[-1]
+
+
+class Bench:
+    """A ring in shared memory with private unrolls on both sides."""
+
+    def __init__(self, spec, num_slots: int):
+        self.spec = spec
+        self.ring = Ring(Segment.create("bench", Ring.nbytes(spec, num_slots)).buffer, spec, num_slots)
+        self.bell, self.free_bell = Doorbell.create(), Doorbell.create()
+        rng = np.random.default_rng(0)
+        nbytes = spec.layout.nbytes
+        self.raw = [rng.integers(256, size=nbytes, dtype=np.uint8) for _ in range(NUM_BUFFERS)]
+        self.sources = [spec.layout.views(raw) for raw in self.raw]
+        self.copies = [np.zeros(nbytes, np.uint8) for _ in range(NUM_BUFFERS)]
+        self.writer, self.reader = UnrollWriter(self.ring), UnrollReader(self.ring)
+        self.reader.permit(1 << 62)
+
+    def ring_in_one(self, count: int, write=fill) -> float:
+        """Seconds for `count` unrolls through the ring in this process."""
+        begun = time.perf_counter()
+        for i in range(count):
+            write(self.writer.reserve(), self.sources[i % NUM_BUFFERS])
+            self.writer.commit()
+            _, raw = self.reader.take()
+            np.copyto(self.copies[i % NUM_BUFFERS], raw)
+            self.reader.release()
+        return time.perf_counter() - begun
+
+    def plain_in_one(self, count: int) -> float:
+        raw = self.ring.raw
+        begun = time.perf_counter()
+        for i in range(count):
+            np.copyto(raw[i % len(raw)], self.raw[i % NUM_BUFFERS])
+            np.copyto(self.copies[i % NUM_BUFFERS], raw[i % len(raw)])
+        return time.perf_counter() - begun
+
+    def consume(self, pipe) -> None:
+        """The other process: takes orders ("ring" or "plain", how many), answers when it is done."""
+        self.reader, raw = UnrollReader(self.ring), self.ring.raw
+        while (order := pipe.recv()) is not None:
+            how, count = order
+            for i in range(count):
+                if how == "ring":
+                    self.bell.wait_for(self.reader.waiting, lambda: False)
+                    _, taken = self.reader.take()
+                    np.copyto(self.copies[i % NUM_BUFFERS], taken)
+                    self.reader.release()
+                    self.free_bell.ring()
+                else:
+                    np.copyto(self.copies[i % NUM_BUFFERS], raw[i % len(raw)])
+            pipe.send(time.perf_counter())  # one clock for all processes
+
+    def in_two(self, pipe, how: str, count: int) -> float:
+        """Seconds until both sides have moved `count` unrolls."""
+        raw, begun = self.ring.raw, time.perf_counter()
+        pipe.send((how, count))
+        for i in range(count):
+            if how == "ring":
+                self.free_bell.wait_for(self.writer.may_begin, lambda: False)
+                fill(self.writer.reserve(), self.sources[i % NUM_BUFFERS])
+                self.writer.commit()
+                self.bell.ring()
+            else:
+                np.copyto(raw[i % len(raw)], self.raw[i % NUM_BUFFERS])
+        ended = time.perf_counter()
+        return max(ended, pipe.recv()) - begun
+
+    def hand_over_us(self, count: int) -> list[float]:
+        """Microseconds of `count` pairs of reserve and commit."""
+        times = []
+        for _ in range(count):
+            begun = time.perf_counter_ns()
+            self.writer.reserve()
+            self.writer.commit()
+            times.append((time.perf_counter_ns() - begun) / 1e3)
+            self.reader.take()
+            self.reader.release()
+        return times
+
+
+def pull_weights(buffer: WeightsBuffer, model, pipe) -> None:
+    """The acting process: pulls when told to, and loads its own copy of the net."""
+    reader = WeightsReader(buffer)
+    if computes_in_bfloat16("auto", torch.device("cpu")):
+        model.to(torch.bfloat16)
+    while pipe.recv():
+        begun = time.perf_counter()
+        pulled = reader.pull()
+        pulled_at = time.perf_counter()
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                tensor.copy_(torch.from_numpy(pulled["model"][name]))
+        pipe.send((1e3 * (pulled_at - begun), 1e3 * (time.perf_counter() - pulled_at)))
+
+
+def weights_ms(model, count: int, processes) -> dict[str, list[float]]:
+    """Milliseconds to publish here and to pull and load in another process."""
+    fields = weights_fields(model.state_dict(), {})
+    segment = Segment.create("bench-weights", WeightsBuffer.nbytes(fields))
+    buffer = WeightsBuffer(segment.buffer, fields)
+    writer, (ours, theirs) = WeightsWriter(buffer), processes.Pipe()
+    child = processes.Process(target=pull_weights, args=(buffer, model, theirs), daemon=True)
+    child.start()
+    times: dict[str, list[float]] = {"publish": [], "pull": [], "load into the acting net": []}
+    for _ in range(count + 4):
+        begun = time.perf_counter()
+        back = writer.back()
+        for name, tensor in model.state_dict().items():
+            np.copyto(back["model"][name], tensor.detach().cpu().numpy())
+        writer.publish()
+        times["publish"].append(1e3 * (time.perf_counter() - begun))
+        ours.send(True)
+        pulled, loaded = ours.recv()
+        times["pull"].append(pulled)
+        times["load into the acting net"].append(loaded)
+    ours.send(False)
+    child.join()
+    return {name: values[4:] for name, values in times.items()}  # the first ones touch new memory
+
+
+def main() -> None:
+    parser = arguments(__doc__, repeats=9)
+    parser.add_argument("--unrolls", type=int, default=1000, help="moved in each repeat")
+    options = parser.parse_args()
+    like_a_run()
+    torch.set_num_threads(1)  # no thread pool may exist where a process is forked
+    config = resolve(REPOSITORY / "launch" / "breakout_dqn.py", [])
+    spec, model = wire(config)
+    report, count = Report("transport", options), options.unrolls
+    bench = Bench(spec, config.actor.slots_per_lane)
+    processes = multiprocessing.get_context("fork")
+    pipe, theirs = processes.Pipe()
+    child = processes.Process(target=bench.consume, args=(theirs,), daemon=True)
+    child.start()
+    kinds = {
+        "one process": (bench.ring_in_one, bench.plain_in_one),
+        "one process, written step by step":
+            (lambda n: bench.ring_in_one(n, fill_in_steps), bench.plain_in_one),
+        "two processes": (lambda n: bench.in_two(pipe, "ring", n),
+                          lambda n: bench.in_two(pipe, "plain", n)),
+    }  # fmt: skip
+    gigabytes = count * spec.layout.nbytes / 1e9
+    rows = []
+    # Last the two processes: the child's cursor stands where this process has left off.
+    for kind, (ring, plain) in kinds.items():
+        ring(NUM_BUFFERS), plain(NUM_BUFFERS)
+        pairs = [(ring(count), plain(count)) for _ in range(options.repeats)]
+        rows.append({
+            f"unrolls of {spec.layout.nbytes / 1e6:.2f} MB": kind,
+            "ring GB/s": [gigabytes / through for through, _ in pairs],
+            "plain GB/s": [gigabytes / copied for _, copied in pairs],
+            "ring / plain": [copied / through for through, copied in pairs],
+        })  # fmt: skip
+    pipe.send(None)
+    report.table(rows)
+    bench.reader.taken = bench.writer.sequence
+    bench.reader.release()
+    hand_over = bench.hand_over_us(20_000)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    times = weights_ms(model, 10 * options.repeats, processes)
+    report.table([
+        {"what": "reserve + commit, us", "median": median(hand_over),
+         "99 %": float(np.percentile(hand_over, 99))},
+        *({"what": f"{name} {num_parameters / 1e6:.2f}M float32 parameters, ms",
+           "median": median(values), "99 %": float(np.percentile(values, 99))}
+          for name, values in times.items()),
+    ])  # fmt: skip
+    for row in rows[::2]:
+        kind = next(iter(row.values()))
+        report.goal(f"ring / plain copies, {kind}", row["ring / plain"], at_least=0.8)
+    report.goal("reserve + commit", hand_over, at_most=50, unit=" us")
+    report.goal("publish", times["publish"], at_most=5, unit=" ms")
+    report.goal("pull", times["pull"], at_most=5, unit=" ms")
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()
