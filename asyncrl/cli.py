@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 TRAIN_USAGE = "asyncrl train LAUNCH_FILE RUN_ID [--option value ...]"
+CHECKPOINTS = ["newest", "best"]
 TRAIN_HELP = """\
 Start the run RUN_ID, or resume it where it is one already.
 
@@ -69,23 +70,22 @@ def _parser() -> argparse.ArgumentParser:
         "too. The result is printed, and a line of it goes to RUN/evaluations.jsonl.",
     )  # fmt: skip
     evaluate.add_argument("run", metavar="RUN", help="id or folder of a run")
-    add = evaluate.add_argument
-    add("--episodes", type=_positive, default=30, metavar="N", help="games, as many in each "
-        "environment, so that short ones do not win (default: %(default)s)")  # fmt: skip
-    add("--checkpoint", choices=["newest", "best"], default="newest",
-        help="best: by the evaluations beside training (default: %(default)s)")  # fmt: skip
-    add("--epsilon", type=_share, default=0.01, metavar="E", help="share of random actions "
-        "(default: %(default)s)")
-    add("--envs", type=_positive, default=5, metavar="N", help="games played side by side "
-        "(default: %(default)s)")
-    add("--seed", type=_natural, metavar="N",
-        help="of games and random actions; by default that of the run + 1000, because best was "
-        "chosen on games of the run's own seed")  # fmt: skip
-    add("--video", action="store_true",
-        help="film the best game: RUN/videos/ENV-STEPS_SCORE.mp4 and a short .gif")  # fmt: skip
-    add("--render-mode", choices=["human"],
-        help="watch one environment in a window")  # fmt: skip
-    add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)")
+
+    def add(name: str, help: str, default=None, **kwargs) -> None:
+        help += f" (default: {default})" if default else ""
+        evaluate.add_argument(name, help=help, default=default, **kwargs)
+
+    number = {"type": _positive, "metavar": "N"}
+    add("--episodes", "games to play; every environment plays equally many", 30, **number)
+    add("--checkpoint", "best: by evaluations beside training", "newest", choices=CHECKPOINTS)
+    add("--epsilon", "share of random actions", 0.01, type=_share, metavar="E")
+    add("--envs", "games played side by side", 5, **number)
+    words = "of games and random actions (default: the run's + 1000: best was chosen on the run's)"
+    add("--seed", words, type=_natural, metavar="N")
+    words = "film the best game: RUN/videos/ENV-STEPS_SCORE.mp4 and a short .gif"
+    evaluate.add_argument("--video", action="store_true", help=words)
+    add("--render-mode", "watch one environment in a window", choices=["human"])
+    add("--device", "cpu, cuda, cuda:1 ...", "auto", metavar="D")
 
     plot = command("plot", _plot, "draw the curves of runs")
     plot.add_argument("runs", nargs="+", metavar="RUN", help="ids or folders of runs")
@@ -173,11 +173,10 @@ def _train(options, rest: list[str]) -> int:
 
 def _eval(options, rest: list[str]) -> int:
     folder = find_run(options.run)
-    import gymnasium as gym
-
     from asyncrl import evaluate, video
     from asyncrl.config import ConfigError
     from asyncrl.disk import CheckpointError
+    from asyncrl.env_group import EnvDataError
     from asyncrl.envs import make_envs
 
     num_envs = 1 if options.render_mode else min(options.envs, options.episodes)
@@ -192,20 +191,23 @@ def _eval(options, rest: list[str]) -> int:
         if options.video:
             recorder = video.Recorder(env, num_envs, seed)
             watchers.append(recorder)
-        if options.render_mode and video.has_twin(env):
+        if not options.render_mode:
+            envs = make_envs(env, num_envs)
+        elif video.has_twin(env):
+            envs = make_envs(env, 1)
             watchers.append(video.Window(env, seed))
-        elif options.render_mode:
+        else:
             video.expect_display()
-            env = video.visible(env, options.render_mode)
-        envs = make_envs(env, num_envs)
+            envs = video.make_visible(env, 1, options.render_mode)
         model = config.model(envs.observation_space, envs.action_space)
         evaluate.load_weights(model, weights)
         model.to(_device(options.device)).eval().requires_grad_(False)
-    except (CheckpointError, ConfigError, ValueError, ImportError, gym.error.Error) as error:
+    except (CheckpointError, ConfigError, EnvDataError, ImportError, ValueError) as error:
         refuse(str(error))
     for refused in weights.refused:
         print(f"asyncrl: {refused}", file=sys.stderr)
-    print(f"run {folder.resolve().name}: {weights.checkpoint}, after {weights.env_steps:,} env steps")
+    after = f"after {weights.env_steps:,} env steps"
+    print(f"run {folder.resolve().name}: {weights.checkpoint}, {after}", flush=True)
 
     with _Interrupt() as interrupt:
         watchers.append(lambda step, action: interrupt.seen)
@@ -221,13 +223,19 @@ def _eval(options, rest: list[str]) -> int:
         print("played with " + ", ".join(f"{name} {value}" for name, value in how.items()))
         evaluate.keep(folder, options.checkpoint, weights, games, num_games, config.env, how)
     if len(games) < num_games:
-        print(f"stopped: {len(games)} of {num_games} games had ended; short ones end first, so this "
-              "is not what all of them would come to")  # fmt: skip
+        print(
+            f"stopped: {len(games)} of {num_games} games had ended; short ones end first, so this "
+            "is not what all would come to"
+        )
         return 130 if interrupt.seen else 0
     if recorder:
         best = recorder.best(num_games // num_envs)
         print(f"filming the best game ({best.score:g}), played again from its seed ...", flush=True)
-        print(recorder.film(best, folder / "videos", weights.env_steps))
+        try:
+            print(recorder.film(best, folder / "videos", weights.env_steps))
+        except (EnvDataError, OSError) as error:
+            print(f"asyncrl: no video: {error}", file=sys.stderr)
+            return 1
     return 0
 
 

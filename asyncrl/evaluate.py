@@ -20,8 +20,9 @@ from torch import nn
 
 from asyncrl.checkpoint import Checkpoints
 from asyncrl.disk import CheckpointError
+from asyncrl.env_config import EnvConfig
 from asyncrl.env_group import EnvGroup
-from asyncrl.envs import EnvConfig, seed_for
+from asyncrl.envs import seed_for
 from asyncrl.policies import Context, EpsilonGreedy, unroll_rng
 from asyncrl.types import tree_map
 
@@ -168,7 +169,8 @@ def protocol_words(env: EnvConfig) -> str:
         f"sticky actions {rules['repeat_action_probability']:g}",
         "all 18 actions" if rules["full_action_space"] else "minimal actions",
         f"0 to {rules['noop_max']} no-ops" + " and FIRE" * rules["use_fire_reset"] + " at a start",
-        f"{rules['frameskip']} frames a step, at most {rules['max_num_frames_per_episode']:,}",
+        f"{rules['frameskip']} frames a step",
+        f"at most {rules['max_num_frames_per_episode']:,} frames a game",
     ]
     if env.max_idle_steps:
         words.append(f"cut after {env.max_idle_steps:,} env steps without reward")

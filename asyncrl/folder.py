@@ -122,7 +122,7 @@ def _prepare_in_child(launch_file: Path, original: Path, options: list[str]) -> 
         text = file.read()
     status = child.wait()
     if status != 0 or not text:
-        raise SystemExit(status if status > 0 else 128 - status)
+        raise SystemExit(status if status >= 0 else 128 - status)
     return Plan(**json.loads(text))
 
 

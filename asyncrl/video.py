@@ -14,10 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import gymnasium as gym
 import numpy as np
 
-from asyncrl.env_group import EnvDataError, Step
-from asyncrl.envs import EnvConfig, make_envs
+from asyncrl.env_config import EnvConfig
+from asyncrl.env_group import EnvDataError, EnvGroup, Step
+from asyncrl.envs import make_envs
 from asyncrl.evaluate import first_seed
 
 COLOUR = dict(grayscale=False, img_height=210, img_width=160, stack_num=1)
@@ -30,29 +32,31 @@ def has_twin(config: EnvConfig) -> bool:
     return config.is_ale and config.vectorization == "native"
 
 
-def visible(config: EnvConfig, render_mode: str = "rgb_array") -> EnvConfig:
-    """The same environment, but for what it shows."""
+def make_visible(config: EnvConfig, num_envs: int, render_mode: str = "rgb_array") -> EnvGroup:
+    """The same environments, but for what they show; ValueError where they show nothing."""
     config = config.resolved()
     if has_twin(config):
-        if config.protocol == "none":
-            return replace(config, kwargs=config.kwargs | COLOUR)
-        return replace(config, atari=config.atari | COLOUR)
+        name = "kwargs" if config.protocol == "none" else "atari"
+        return make_envs(replace(config, **{name: getattr(config, name) | COLOUR}), num_envs)
     vectorization = "sync" if config.vectorization == "async" else config.vectorization
     kwargs = config.kwargs | {"render_mode": render_mode}
-    return replace(config, kwargs=kwargs, vectorization=vectorization)
+    try:
+        return make_envs(replace(config, kwargs=kwargs, vectorization=vectorization), num_envs)
+    except (TypeError, gym.error.Error) as error:
+        raise ValueError(f"{config.id}: expected to take {render_mode=}, got: {error}") from error
 
 
 class Twin:
     """Goes through the steps of environment `index` of B others, and shows its frames."""
 
     def __init__(self, config: EnvConfig, num_envs: int, index: int, seed: int):
-        config = visible(config)
+        config = config.resolved()
         self._is_ale = has_twin(config)
         # Where every environment has a seed of its own, one is enough to be twin of one.
-        self._alone = self._is_ale or config.vectorization == "sync"
+        self._alone = self._is_ale or config.vectorization in ("sync", "async")
         self._env = index
         self._seed = first_seed(seed) + (index if self._alone else 0)
-        self._envs = make_envs(config, 1 if self._alone else num_envs)
+        self._envs = make_visible(config, 1 if self._alone else num_envs)
         if config.is_ale:
             self.fps = 60 / self._envs.env_step_frames
         else:
@@ -65,7 +69,7 @@ class Twin:
         return self._frame(self._envs.reset(self._seed))
 
     def step(self, action: np.ndarray, original: Step | Row) -> np.ndarray:
-        """The frame after the B actions; EnvDataError where the twin does not do as the others did."""
+        """The frame after the B actions; EnvDataError where the twin parts from the others."""
         env = self._env
         self._envs.send(action[env : env + 1] if self._alone else action)
         own, here = self._envs.recv(), 0 if self._alone else env
@@ -74,9 +78,9 @@ class Twin:
             expected, got = getattr(original, name)[env], getattr(own, name)[here]
             if expected != got:
                 raise EnvDataError(
-                    f"{self._name}: expected the same game again from its seed and its actions, got "
-                    f"{name} {got} and not {expected} at step {self._num_steps}; an environment "
-                    "that draws from more than its seed cannot be shown"
+                    f"{self._name}: expected the same game again from its seed and its actions, "
+                    f"got {name} {got} and not {expected} at step {self._num_steps}; an "
+                    "environment that draws from more than its seed cannot be filmed"
                 )
         return self._frame(own.obs)
 
@@ -177,7 +181,7 @@ class Recorder:
         return path
 
     def _frames(self, twin: Twin, game: Recorded) -> Iterator[np.ndarray]:
-        """All frames of one game; those of the games before it in its environment are passed over."""
+        """The frames of one game; the games before it in its environment are passed over."""
         frame = twin.reset()
         for i, row in enumerate(self.rows[: game.end]):
             if i >= game.begin:
@@ -196,7 +200,7 @@ def expect_display() -> None:
 
 
 class Window:
-    """Shows the one environment of an evaluation of ALE, as its `on_step`; True once it is closed."""
+    """Shows an evaluation of one ALE environment, as its `on_step`; True once it is closed."""
 
     def __init__(self, config: EnvConfig, seed: int):
         expect_display()

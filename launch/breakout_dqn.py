@@ -1,4 +1,10 @@
-"""Atari Breakout with DQN."""
+"""Atari Breakout with DQN, protocol classic: double, dueling, 3-step, four stacked frames.
+
+    ./run_main.sh breakout_01 launch/breakout_dqn.py
+
+Hardware: one GPU and 8 or more cores, 12 GB of memory. Profile home: 2 cores, 4 GB, no GPU.
+Score: no run of the full length was made yet.
+"""
 
 from dataclasses import replace
 

@@ -1,4 +1,10 @@
-"""CartPole-v1 with DQN."""
+"""CartPole-v1 with DQN.
+
+    ./run_main.sh cart launch/cartpole_dqn.py
+
+Hardware: 2 cores, no GPU; 3 minutes.
+Score: no run was measured yet.
+"""
 
 from asyncrl import (
     ActorConfig,

@@ -46,7 +46,7 @@ OPERATIONS = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
 @given(st.integers(1, 4), st.integers(0, 9), st.lists(OPERATIONS, min_size=10, max_size=80))
 def test_a_lane_is_a_deque_with_a_throttle(num_slots, start, operations):
     buffer = np.zeros(Ring.nbytes(SMALL, num_slots), np.uint8)
@@ -55,7 +55,7 @@ def test_a_lane_is_a_deque_with_a_throttle(num_slots, start, operations):
     writer, reader = UnrollWriter(ring), UnrollReader(ring)
     head, permitted, reserved = start, start, False
     waiting: deque[int] = deque()
-    held: list[tuple[int, tuple]] = []  # taken and not released
+    held: list[tuple[int, np.ndarray, np.ndarray]] = []  # taken and not released
     for operation in operations:
         if operation == "reserve":
             unroll = writer.reserve()
@@ -72,7 +72,9 @@ def test_a_lane_is_a_deque_with_a_throttle(num_slots, start, operations):
             item = reader.take()
             assert (item is not None) == bool(waiting)
             if waiting:
-                held.append((waiting.popleft(), item))
+                number, (unroll, raw) = waiting.popleft(), item
+                assert unroll.header.sequence == number
+                held.append((number, raw, filled(SMALL, number)))
         elif operation == "release":
             reader.release()
             held.clear()
@@ -80,22 +82,20 @@ def test_a_lane_is_a_deque_with_a_throttle(num_slots, start, operations):
             writer, reserved = UnrollWriter(Ring(buffer, SMALL, num_slots)), False
         elif operation == "new reader":  # reads again what the last one had not released
             reader = UnrollReader(Ring(buffer, SMALL, num_slots))
-            waiting.extendleft(number for number, _ in reversed(held))
+            waiting.extendleft(number for number, *_ in reversed(held))
             held.clear()
         elif isinstance(operation, int):
             reader.permit(operation)
             permitted = max(permitted, operation)  # the throttle never moves back
         assert (writer.sequence, reader.permitted) == (head, permitted)
         assert reader.waiting() == len(waiting)
-        for number, (unroll, raw) in held:  # nothing that is held was written again
-            assert unroll.header.sequence == number
-            assert np.array_equal(raw, filled(SMALL, number))
+        assert all(np.array_equal(raw, whole) for _, raw, whole in held)  # not written again
 
 
 def test_words_do_not_share_cache_lines_with_each_other_or_with_slots():
     ring = Ring(np.zeros(Ring.nbytes(SMALL, 2), np.uint8), SMALL, 2)
     lines = [ring.words[word:].__array_interface__["data"][0] // 64 for word in Word]
-    assert len(set(lines)) == len(Word) and CONTROL_BYTES >= 64 * len(Word)
+    assert len(set(lines)) == len(Word) and 64 * len(Word) <= CONTROL_BYTES
     ring.words[:] = -1
     assert not any(raw.any() for raw in ring.raw)
     with pytest.raises(ValueError, match="at least 1 slot, got 0"):
@@ -139,16 +139,16 @@ def test_a_killed_producer_loses_repeats_and_tears_nothing():
         fds = segment.fd, actor_bell.fd, learner_bell.fd
         producer = fork.Process(target=produce, args=fds, daemon=True)
         producer.start()
-        end = time.monotonic() + rng.uniform(0.001, 0.015)
+        end = time.monotonic() + rng.uniform(0, 0.004)
         while (left := end - time.monotonic()) > 0:
-            learner_bell.wait_for(lambda: reader.waiting() > 0, lambda: True, 0) or \
-                learner_bell.wait(left)  # fmt: skip
+            learner_bell.wait(left)
             consume()
+        time.sleep(rng.uniform(0, 0.001))  # the producer goes on where it may
         producer.kill()
         producer.join()
         consume()
         assert reader.take() is None and reader.taken == ring.read(Word.HEAD) == seen
-        begun = ring.raw[seen % 3]
-        torn += not any(np.array_equal(begun, filled(LARGE, max(seen - back, 0))) for back in (0, 3))
+        whole = [filled(LARGE, number) for number in (seen - 3, seen) if number >= 0]
+        torn += not any(np.array_equal(ring.raw[seen % 3], raw) for raw in whole)
     assert seen > 200
     assert torn > 10  # or no producer died in the middle of a slot

@@ -38,7 +38,7 @@ def make_spec(observation_space: spaces.Space, **options) -> Spec:
     return Spec(6, 3, observation_space, spaces.MultiDiscrete([2, 9]), STATE, **options)
 
 
-@pytest.mark.parametrize("space", SPACES[:2] + [spaces.Box(-1, 1, ()), spaces.Discrete(5)], ids=str)
+@pytest.mark.parametrize("space", [*SPACES[:2], spaces.Discrete(5)], ids=str)
 def test_fields_are_aligned_apart_and_read_back_through_other_views(space):
     layout = make_spec(space, num_states=2).layout
     offset = 3 * layout.alignment
@@ -58,8 +58,10 @@ def test_fields_are_aligned_apart_and_read_back_through_other_views(space):
     tree_map(
         lambda x, new: x.__setitem__(..., new.view(x.dtype).reshape(x.shape)), written, private
     )
-    tree_map(lambda x, new: np.testing.assert_array_equal(np.frombuffer(x.tobytes(), np.uint8), new),
-             layout.views(buffer, offset), private)  # fmt: skip
+    for array, new in zip(
+        tree_leaves(layout.views(buffer, offset)), tree_leaves(private), strict=True
+    ):
+        assert np.array_equal(array.ravel().view(np.uint8), new)
     assert not buffer[:offset].any()
 
 
