@@ -11,8 +11,9 @@ usage: ./run_main.sh RUN_ID [LAUNCH_FILE] [--option value ...]
 Starts the run RUN_ID, or resumes it if it exists, and does all the set-up that it needs.
 
   RUN_ID        the name of the run; its files go to runs/RUN_ID
-  LAUNCH_FILE   the experiment; launch/breakout_dqn.py if not given. A relative path is taken from
-                the current folder first, then from this repository.
+  LAUNCH_FILE   the experiment; if not given, the one that the run was begun with, and for a new
+                run launch/breakout_dqn.py. A relative path is taken from the current
+                folder first, then from this repository.
   --option      an option of the launch file's config, e.g. --seed 1 --total-env-steps 20000
 
 environment:
@@ -131,7 +132,6 @@ run_docker() {
     "${terminal[@]}" --user "$(id -u):$(id -g)" \
     --mount "type=bind,source=$ASYNCRL_RUNS/$run_id,target=/runs/$run_id" \
     --mount "type=bind,source=$(dirname -- "$launch_file"),target=/launch,readonly" \
-    --env MALLOC_MMAP_THRESHOLD_ --env MALLOC_TRIM_THRESHOLD_ \
     "$image" train "/launch/$(basename -- "$launch_file")" "$run_id" "$@"
 }
 
@@ -148,21 +148,18 @@ run_id=$1
 shift
 check_run_id "$run_id"
 
-launch_file=$repo/launch/breakout_dqn.py
-if (($# > 0)) && [[ $1 != -* ]]; then
-  launch_file=$1
-  shift
-fi
-launch_file=$(find_launch_file "$launch_file")
-
 ASYNCRL_RUNS=${ASYNCRL_RUNS:-$repo/runs}
 [[ $ASYNCRL_RUNS == /* ]] || ASYNCRL_RUNS=$PWD/$ASYNCRL_RUNS
 export ASYNCRL_RUNS
 
-# glibc is told to keep freed memory: this halves the time of a training step on the CPU, and it
-# counts only if it is there before Python starts.
-export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_-1073741824}
-export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-4294967296}
+launch_file=$repo/launch/breakout_dqn.py
+if (($# > 0)) && [[ $1 != -* ]]; then
+  launch_file=$1
+  shift
+elif [[ -f $ASYNCRL_RUNS/$run_id/launch.py ]]; then
+  launch_file=$ASYNCRL_RUNS/$run_id/launch.py # a resumed run goes on with its own
+fi
+launch_file=$(find_launch_file "$launch_file")
 
 runtime=$(choose_runtime)
 "run_$runtime" "$@"

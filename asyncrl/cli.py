@@ -258,7 +258,8 @@ def _device(name: str):
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: expected auto, cpu or a GPU that is there: {error}") from error
+        expected = "expected auto, cpu, or cuda or cuda:N for a GPU that is there"
+        raise ValueError(f"--device: {expected}, got {name!r}") from error
     return device
 
 

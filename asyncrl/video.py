@@ -41,9 +41,25 @@ def make_visible(config: EnvConfig, num_envs: int, render_mode: str = "rgb_array
     vectorization = "sync" if config.vectorization == "async" else config.vectorization
     kwargs = config.kwargs | {"render_mode": render_mode}
     try:
-        return make_envs(replace(config, kwargs=kwargs, vectorization=vectorization), num_envs)
-    except (TypeError, gym.error.Error) as error:
-        raise ValueError(f"{config.id}: expected to take {render_mode=}, got: {error}") from error
+        envs = make_envs(replace(config, kwargs=kwargs, vectorization=vectorization), num_envs)
+        envs.reset(0)
+        if render_mode == "rgb_array":
+            rendered(envs, 0)
+    except (TypeError, RuntimeError, gym.error.Error) as error:
+        raise ValueError(f"{config.id}: {render_mode=} does not work: {error}") from error
+    return envs
+
+
+def rendered(envs: EnvGroup, index: int) -> np.ndarray:
+    """(H, W, 3) uint8: what one environment shows now."""
+    frames = envs._env.render()
+    frame = frames[index] if frames is not None else None
+    if getattr(frame, "dtype", None) != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+        raise EnvDataError(
+            "expected render() to give frames (H, W, 3) of uint8, got "
+            f"{getattr(frame, 'dtype', type(frame))} of shape {getattr(frame, 'shape', None)}"
+        )
+    return frame
 
 
 class Twin:
@@ -63,13 +79,12 @@ class Twin:
             self.fps = self._envs._env.metadata.get("render_fps") or 30
         self._name, self._num_steps = config.id, 0
 
-    def reset(self) -> np.ndarray:
-        """(H, W, 3) uint8: the first frame."""
+    def reset(self) -> None:
         self._num_steps = 0
-        return self._frame(self._envs.reset(self._seed))
+        self._obs = self._envs.reset(self._seed)
 
-    def step(self, action: np.ndarray, original: Step | Row) -> np.ndarray:
-        """The frame after the B actions; EnvDataError where the twin parts from the others."""
+    def step(self, action: np.ndarray, original: Step | Row) -> None:
+        """Take the B actions; EnvDataError where the twin parts from the others."""
         env = self._env
         self._envs.send(action[env : env + 1] if self._alone else action)
         own, here = self._envs.recv(), 0 if self._alone else env
@@ -82,23 +97,16 @@ class Twin:
                     f"got {name} {got} and not {expected} at step {self._num_steps}; an "
                     "environment that draws from more than its seed cannot be filmed"
                 )
-        return self._frame(own.obs)
+        self._obs = own.obs
 
     def close(self) -> None:
         self._envs.close()
 
-    def _frame(self, obs) -> np.ndarray:
+    def frame(self) -> np.ndarray:
+        """(H, W, 3) uint8: where it stands now."""
         if self._is_ale:
-            return obs.reshape(obs.shape[0], *obs.shape[-3:])[0]
-        frames = self._envs._env.render()
-        frame = frames[0 if self._alone else self._env] if frames is not None else None
-        if getattr(frame, "dtype", None) != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-            raise EnvDataError(
-                f"{self._name}: expected render_mode='rgb_array' to give frames (H, W, 3) of "
-                f"uint8, got {getattr(frame, 'dtype', type(frame))} of shape "
-                f"{getattr(frame, 'shape', None)}"
-            )
-        return frame
+            return self._obs.reshape(self._obs.shape[-3:])
+        return rendered(self._envs, 0 if self._alone else self._env)
 
 
 class Row(NamedTuple):
@@ -133,11 +141,7 @@ class Recorder:
         self._imageio = imageio.v2
         self._config, self._num_envs, self._seed = config, num_envs, seed
         self.rows: list[Row] = []
-        twin = Twin(config, num_envs, 0, seed)  # whatever cannot be shown is refused now
-        try:
-            twin.reset()
-        finally:
-            twin.close()
+        Twin(config, num_envs, 0, seed).close()  # whatever cannot be shown is refused now
 
     def __call__(self, step: Step, action: np.ndarray) -> None:
         self.rows.append(Row(np.array(action), *(getattr(step, name) for name in Row._fields[1:])))
@@ -182,12 +186,12 @@ class Recorder:
 
     def _frames(self, twin: Twin, game: Recorded) -> Iterator[np.ndarray]:
         """The frames of one game; the games before it in its environment are passed over."""
-        frame = twin.reset()
+        twin.reset()
         for i, row in enumerate(self.rows[: game.end]):
             if i >= game.begin:
-                yield frame
-            frame = twin.step(row.action, row)
-        yield frame
+                yield twin.frame()
+            twin.step(row.action, row)
+        yield twin.frame()
 
 
 def expect_display() -> None:
@@ -211,28 +215,21 @@ class Window:
                 f"--render-mode human needs pip install pygame-ce ({error})"
             ) from error
         self._pygame, self._twin = pygame, Twin(config, 1, 0, seed)
-        frame = self._twin.reset()
+        self._twin.reset()
         try:
             pygame.display.init()
-            self._screen = pygame.display.set_mode((frame.shape[1] * 4, frame.shape[0] * 3))
+            self._screen = pygame.display.set_mode((640, 480))
         except pygame.error as error:
             raise ValueError(f"expected a display for --render-mode human, got {error}") from error
         pygame.display.set_caption(str(config.id))
         self._next = time.monotonic()
-        self._show(frame)
 
     def __call__(self, step: Step, action: np.ndarray) -> bool:
-        self._show(self._twin.step(action, step))
-        return any(event.type == self._pygame.QUIT for event in self._pygame.event.get())
-
-    def _show(self, frame: np.ndarray) -> None:
         pygame = self._pygame
-        surface = pygame.surfarray.make_surface(frame.swapaxes(0, 1))
+        self._twin.step(action, step)
+        surface = pygame.surfarray.make_surface(self._twin.frame().swapaxes(0, 1))
         pygame.transform.scale(surface, self._screen.get_size(), self._screen)
         pygame.display.flip()
         self._next = max(self._next + 1 / self._twin.fps, time.monotonic())
         time.sleep(max(0.0, self._next - time.monotonic()))
-
-    def close(self) -> None:
-        self._twin.close()
-        self._pygame.display.quit()
+        return any(event.type == pygame.QUIT for event in pygame.event.get())

@@ -108,10 +108,8 @@ class Report:
             f"auto ({' '.join(h['flags'])}); load before: {h['load_before']}"
         )
         if self.options.output:
-            settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.options).items()}
-            del settings["output"]
             data = {"benchmark": self.name, "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-                    "settings": settings, "hardware": h, "tables": self.tables,
+                    "command": " ".join(sys.argv), "hardware": h, "tables": self.tables,
                     "goals": self.goals, "notes": self.notes}  # fmt: skip
             self.options.output.parent.mkdir(parents=True, exist_ok=True)
             self.options.output.write_text(json.dumps(data, indent=1) + "\n")
@@ -147,30 +145,6 @@ def wire(config):
     state = tree_map(lambda x: Field(tuple(x.shape[1:]), Field.of(x).dtype), model.initial_state(1))
     T, B = config.actor.unroll_length, config.actor.envs_per_lane
     return Spec(T, B, observation_space, action_space, state), model
-
-
-class Tree:
-    """A process and its descendants: CPU seconds of all that ever lived, peak of their memory.
-
-    PSS counts a page that several processes share once, in parts; RSS would count it several times.
-    """
-
-    def __init__(self, pid: int):
-        self.root = psutil.Process(pid)
-        self.cpu: dict[int, float] = {}
-        self.peak_pss_mb = 0.0
-
-    def sample(self) -> float:
-        """CPU seconds so far."""
-        pss = 0
-        with contextlib.suppress(psutil.Error):
-            for process in [self.root, *self.root.children(recursive=True)]:
-                with contextlib.suppress(psutil.Error):
-                    times = process.cpu_times()
-                    self.cpu[process.pid] = times.user + times.system
-                    pss += memory(process.pid)["Pss"]
-        self.peak_pss_mb = max(self.peak_pss_mb, pss / 1e6)
-        return sum(self.cpu.values())
 
 
 def memory(pid: int) -> dict[str, int]:

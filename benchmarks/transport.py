@@ -2,9 +2,9 @@
 
     python benchmarks/transport.py
 
-A real unroll of launch/breakout_dqn.py goes from private memory into a slot, field by field, and out
-of it into private memory. `plain` makes the same two copies, whole, with numpy and nothing else; in
-two processes both sides copy at once and nobody waits. Pairs ring, plain alternate.
+A real unroll of launch/breakout_dqn.py goes from private memory into a slot, field by field, and
+out of it into private memory. `plain` makes the same two copies, whole, with numpy and nothing
+else; in two processes both sides copy at once and nobody waits. Pairs ring, plain alternate.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from asyncrl.transport.weights import WeightsBuffer, WeightsReader, WeightsWrite
 from asyncrl.types import tree_map
 
 NUM_BUFFERS = 8  # private unrolls on each side, taken in turn, so that both sides touch real memory
-STEP_FIELDS = ("obs", "first", "action", "log_prob", "reward", "terminated", "truncated", "valid",
-               "policy", "episode_return", "episode_length")  # fmt: skip
 
 
 def fill(slot, source) -> None:
@@ -35,11 +33,11 @@ def fill(slot, source) -> None:
 
 def fill_in_steps(slot, source) -> None:
     """The same bytes in as many small pieces as an actor writes."""
-    tree_map(np.copyto, slot.state, source.state)
-    tree_map(np.copyto, slot.header, source.header)
+    fields = list(zip(slot[:-2], source[:-2], strict=True))  # state and header have no rows
+    tree_map(np.copyto, slot[-2:], source[-2:])
     for t in range(len(slot.reward)):
-        for name in STEP_FIELDS:
-            getattr(slot, name)[t] = getattr(source, name)[t]
+        for to, values in fields:
+            to[t] = values[t]
     slot.obs[-1], slot.first[-1] = source.obs[-1], source.first[-1]
 
 
@@ -47,11 +45,10 @@ class Bench:
     """A ring in shared memory with private unrolls on both sides."""
 
     def __init__(self, spec, num_slots: int):
-        self.spec = spec
-        self.ring = Ring(Segment.create("bench", Ring.nbytes(spec, num_slots)).buffer, spec, num_slots)
+        nbytes, rng = spec.layout.nbytes, np.random.default_rng(0)
+        segment = Segment.create("bench", Ring.nbytes(spec, num_slots))
+        self.ring = Ring(segment.buffer, spec, num_slots)
         self.bell, self.free_bell = Doorbell.create(), Doorbell.create()
-        rng = np.random.default_rng(0)
-        nbytes = spec.layout.nbytes
         self.raw = [rng.integers(256, size=nbytes, dtype=np.uint8) for _ in range(NUM_BUFFERS)]
         self.sources = [spec.layout.views(raw) for raw in self.raw]
         self.copies = [np.zeros(nbytes, np.uint8) for _ in range(NUM_BUFFERS)]
@@ -78,10 +75,11 @@ class Bench:
         return time.perf_counter() - begun
 
     def consume(self, pipe) -> None:
-        """The other process: takes orders ("ring" or "plain", how many), answers when it is done."""
-        self.reader, raw = UnrollReader(self.ring), self.ring.raw
+        """The other process: takes orders (how, how many) and answers when it is done."""
+        raw = self.ring.raw
         while (order := pipe.recv()) is not None:
             how, count = order
+            self.reader = UnrollReader(self.ring)  # from where the other process left off
             for i in range(count):
                 if how == "ring":
                     self.bell.wait_for(self.reader.waiting, lambda: False)
@@ -142,8 +140,7 @@ def weights_ms(model, count: int, processes) -> dict[str, list[float]]:
     segment = Segment.create("bench-weights", WeightsBuffer.nbytes(fields))
     buffer = WeightsBuffer(segment.buffer, fields)
     writer, (ours, theirs) = WeightsWriter(buffer), processes.Pipe()
-    child = processes.Process(target=pull_weights, args=(buffer, model, theirs), daemon=True)
-    child.start()
+    processes.Process(target=pull_weights, args=(buffer, model, theirs), daemon=True).start()
     times: dict[str, list[float]] = {"publish": [], "pull": [], "load into the acting net": []}
     for _ in range(count + 4):
         begun = time.perf_counter()
@@ -157,7 +154,6 @@ def weights_ms(model, count: int, processes) -> dict[str, list[float]]:
         times["pull"].append(pulled)
         times["load into the acting net"].append(loaded)
     ours.send(False)
-    child.join()
     return {name: values[4:] for name, values in times.items()}  # the first ones touch new memory
 
 
@@ -173,43 +169,39 @@ def main() -> None:
     bench = Bench(spec, config.actor.slots_per_lane)
     processes = multiprocessing.get_context("fork")
     pipe, theirs = processes.Pipe()
-    child = processes.Process(target=bench.consume, args=(theirs,), daemon=True)
-    child.start()
-    kinds = {
+    processes.Process(target=bench.consume, args=(theirs,), daemon=True).start()
+    kinds = {  # name: (ring, plain), each returning seconds
         "one process": (bench.ring_in_one, bench.plain_in_one),
-        "one process, written step by step":
+        "two processes":
+            (lambda n: bench.in_two(pipe, "ring", n), lambda n: bench.in_two(pipe, "plain", n)),
+        "one process, step by step":
             (lambda n: bench.ring_in_one(n, fill_in_steps), bench.plain_in_one),
-        "two processes": (lambda n: bench.in_two(pipe, "ring", n),
-                          lambda n: bench.in_two(pipe, "plain", n)),
     }  # fmt: skip
-    gigabytes = count * spec.layout.nbytes / 1e9
-    rows = []
-    # Last the two processes: the child's cursor stands where this process has left off.
+    nbytes, rows = count * spec.layout.nbytes, []
     for kind, (ring, plain) in kinds.items():
         ring(NUM_BUFFERS), plain(NUM_BUFFERS)
         pairs = [(ring(count), plain(count)) for _ in range(options.repeats)]
         rows.append({
             f"unrolls of {spec.layout.nbytes / 1e6:.2f} MB": kind,
-            "ring GB/s": [gigabytes / through for through, _ in pairs],
-            "plain GB/s": [gigabytes / copied for _, copied in pairs],
+            "ring GB/s": [nbytes / through / 1e9 for through, _ in pairs],
+            "plain GB/s": [nbytes / copied / 1e9 for _, copied in pairs],
             "ring / plain": [copied / through for through, copied in pairs],
         })  # fmt: skip
+        bench.reader.taken = bench.writer.sequence
     pipe.send(None)
     report.table(rows)
-    bench.reader.taken = bench.writer.sequence
-    bench.reader.release()
     hand_over = bench.hand_over_us(20_000)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     times = weights_ms(model, 10 * options.repeats, processes)
+    names = {"reserve + commit": (hand_over, "us")} | {
+        f"{name} {num_parameters / 1e6:.2f}M float32 parameters": (values, "ms")
+        for name, values in times.items()
+    }
     report.table([
-        {"what": "reserve + commit, us", "median": median(hand_over),
-         "99 %": float(np.percentile(hand_over, 99))},
-        *({"what": f"{name} {num_parameters / 1e6:.2f}M float32 parameters, ms",
-           "median": median(values), "99 %": float(np.percentile(values, 99))}
-          for name, values in times.items()),
+        {"what": name, "median": median(values), "99 %": float(np.percentile(values, 99)),
+         "unit": unit} for name, (values, unit) in names.items()
     ])  # fmt: skip
-    for row in rows[::2]:
-        kind = next(iter(row.values()))
+    for row, kind in zip(rows[:2], kinds, strict=False):
         report.goal(f"ring / plain copies, {kind}", row["ring / plain"], at_least=0.8)
     report.goal("reserve + commit", hand_over, at_most=50, unit=" us")
     report.goal("publish", times["publish"], at_most=5, unit=" ms")

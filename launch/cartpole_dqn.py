@@ -21,12 +21,14 @@ from asyncrl import (
 
 config = Config(
     env=EnvConfig("CartPole-v1"),
-    model=ModelConfig(hidden=(128, 128)),
-    policy=EpsilonGreedy(Linear(1.0, 0.04, 10_000)),
+    model=ModelConfig(hidden=(256, 256)),
+    policy=EpsilonGreedy(Linear(1.0, 0.04, 16_000)),
     algorithm=DQNConfig(
-        learning_rate=5e-4,
+        n_step=3,
+        learning_rate=Linear(1e-3, 0.0, 100_000),
         batch_size=64,
-        target_period=200,
+        target_period=1,
+        polyak=0.01,
         reward_clip=0,
         replay=ReplayConfig(capacity=100_000, samples_per_insert=16, learning_starts=1_000),
     ),

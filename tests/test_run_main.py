@@ -53,7 +53,6 @@ work() {
 ASYNCRL = """
 log asyncrl "$@"
 log runs "$ASYNCRL_RUNS"
-log malloc "$MALLOC_MMAP_THRESHOLD_" "$MALLOC_TRIM_THRESHOLD_"
 work asyncrl
 exit "${STATUS:-0}"
 """
@@ -97,7 +96,6 @@ case "$1" in
     [[ $2 != inspect ]] || { [[ ${CONTAINER:-} ]] && echo "$CONTAINER"; }
     ;;
   run)
-    log malloc "$MALLOC_MMAP_THRESHOLD_" "$MALLOC_TRIM_THRESHOLD_"
     work docker
     exit "${STATUS:-0}"
     ;;
@@ -321,10 +319,12 @@ def test_runs_folder(box, given):
     assert box.calls("runs") == [["runs", str(expected)]]
 
 
-def test_malloc_settings_unless_the_user_has_some(box):
-    box.run("x")
-    box.run("x", MALLOC_MMAP_THRESHOLD_="5", MALLOC_TRIM_THRESHOLD_="6")
-    assert box.calls("malloc") == [["malloc", "1073741824", "4294967296"], ["malloc", "5", "6"]]
+def test_a_run_goes_on_with_its_own_launch_file(box):
+    own = box.repo / "runs" / "x" / "launch.py"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    box.run("x", "--seed", "1")
+    assert box.calls("asyncrl")[0][1:] == ["train", str(own), "x", "--seed", "1"]
 
 
 def test_exit_status_is_passed_through(box):
@@ -513,8 +513,6 @@ def test_docker_command_line(box):
         f"type=bind,source={box.repo}/runs/x,target=/runs/x",
         f"type=bind,source={box.repo}/launch,target=/launch,readonly",
     ]
-    assert options_of(before, "--env") == ["MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"]
-    assert box.calls("malloc") == [["malloc", "1073741824", "4294967296"]]
     assert not {"-i", "-t", "-it", "--interactive", "--tty"} & set(before)
     assert (box.repo / "runs/x").is_dir()
     assert box.calls("venv") == []

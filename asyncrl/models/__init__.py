@@ -53,11 +53,7 @@ class Network(nn.Module):
                 f"{self.frame_stack} for {type(observation_space).__name__}"
             )
         if not self.is_tree:
-            dtype = (
-                torch.from_numpy(observation_space.sample()[..., None]).dtype
-                if observation_space.shape
-                else torch.int64
-            )
+            dtype = getattr(torch, str(observation_space.dtype))
             self.stack = FrameStack(self.frame_stack, observation_space.shape, dtype)
         self.encoder = encoder(observation_space, self.frame_stack, config.features, config.hidden)
         self.head = QHead(self.encoder.features, action_space, config.dueling)

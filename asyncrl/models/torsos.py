@@ -100,7 +100,7 @@ class VectorEncoder(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         if self.categories is not None:
-            values = nn.functional.one_hot(values - self.start, self.categories)
+            values = nn.functional.one_hot(values.long() - self.start, self.categories)
         return self.layers(values.flatten(1).to(self.layers[0].weight.dtype))
 
 
