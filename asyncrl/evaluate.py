@@ -184,7 +184,7 @@ def table(games: Sequence[Game], env: EnvConfig) -> list[tuple[str, str]]:
     cut = sum(game.cut for game in games)
     rows = [
         ("mean return", f"{scores.mean():.2f} +- {scores.std():.2f} ({len(games)} games, "
-         "standard deviation of one)"),
+         "standard deviation of a game)"),
         ("median", f"{np.median(scores):g}, from {scores.min():g} to {scores.max():g}"),
     ]  # fmt: skip
     if (env.kwargs | env.atari).get("life_loss_info"):

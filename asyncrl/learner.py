@@ -112,7 +112,8 @@ class Learner:
         self.generation = 0  # newest seen
         self.elapsed_before = 0.0  # seconds, in earlier starts of this run
         self.metrics: dict[str, Tensor] = {}
-        self.lags: list[int] = []
+        self.lags: list[int] = []  # in versions, of the unrolls since the last row of metrics
+        self.lag: dict[str, float] = {}
 
     # -- start and resume ------------------------------------------------------------------------
 
@@ -400,7 +401,17 @@ class Learner:
         spent = (times - self.actor_times).mean(0) / max(now - self.lane_time, 1)
         self.actor_times, self.lane_time = times, now
         in_flight = [reader.waiting() for reader in self.readers]
-        ahead = self.store.insert_limit() - self.env_steps
+        learner = self.shares.fractions_since_last()
+        actor = dict(zip(ACTOR_SHARES, spent.tolist(), strict=True))
+        waits = {"learner": learner.get("wait", 0.0), "actors": actor["wait"]}
+        longer = max(waits, key=waits.__getitem__)
+        if (
+            self.lags
+        ):  # of the unrolls since the last row; where there were none, what was true then
+            lags = np.array(self.lags)
+            self.lag = {"lag/min": lags.min(), "lag/mean": lags.mean(), "lag/max": lags.max()}
+            self.lags.clear()
+        waiting = longer if waits[longer] > 0.1 else "nobody"
         row = {
             "time": time.time(),
             "elapsed_seconds": self.elapsed_seconds(),
@@ -415,19 +426,14 @@ class Learner:
             "replay/fill": self.store.fill(),
             "limiter/samples_per_insert": limiter.actual(),
             "limiter/target": limiter.samples_per_insert,
-            "limiter/waiting": "learner" if self.store.updates_allowed() == 0
-            else "actors" if ahead < 0.5 * limiter.tolerance else "nobody",
-            **{f"time/learner/{name}": share
-               for name, share in self.shares.fractions_since_last().items()},
-            **dict(zip([f"time/actor/{name}" for name in ACTOR_SHARES], spent, strict=True)),
+            "limiter/waiting": waiting,
+            **{f"time/learner/{name}": share for name, share in learner.items()},
+            **{f"time/actor/{name}": share for name, share in actor.items()},
             **{name: float(value) for name, value in self.metrics.items()},
+            **self.lag,
             **self.read_status(),
             "memory/rss_mb": self.process.memory_info().rss / 1e6,
-        }  # fmt: skip
-        if self.lags:
-            lags = np.array(self.lags)
-            row |= {"lag/min": lags.min(), "lag/mean": lags.mean(), "lag/max": lags.max()}
-            self.lags.clear()
+        }
         row["bottleneck"] = bottleneck(row)
         with self.shares.time("log"):
             self.log.write(row)

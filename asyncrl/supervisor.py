@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from asyncrl.folder import Refused, RunFolder, preflight
 from asyncrl.logs import EventLog
 from asyncrl.plan import EXIT_FAILED, EXIT_REFUSED, Plan
@@ -84,6 +86,8 @@ class Child:
     generation: int = -1  # grows with each start
     deaths: list[float] = field(default_factory=list)
     restart_at: float | None = None
+    last_beat: float = 0.0
+    cpu_seconds_at_beat: float = 0.0
     gone: bool = False  # given up, or ended as it should
 
     @property
@@ -293,14 +297,24 @@ class Supervisor:
                 self._start(child)
 
     def _look_at_hearts(self) -> None:
-        """Kill what is alive but stuck; whoever is merely blocked keeps beating."""
+        """Kill what is alive but stuck; whoever is merely blocked keeps beating.
+
+        One that wants to run and is given no processor is not stuck either: while it is runnable,
+        the silence counts only as far as it was spent computing.
+        """
         now = time.monotonic()
         for child in self.children:
             if child.process is None:
                 continue
             beat, limit = self._last_beat(child)
+            if beat != child.last_beat:
+                child.last_beat, child.cpu_seconds_at_beat = beat, _cpu_seconds(child)
             silent = now - max(beat, child.started)
-            if silent < (limit if beat > child.started else max(START_SECONDS, limit)):
+            limit = limit if beat > child.started else max(START_SECONDS, limit)
+            if silent < limit:
+                continue
+            computed = _cpu_seconds(child) - child.cpu_seconds_at_beat
+            if computed < 0.5 * limit and _is_runnable(child) and silent < 20 * limit:
                 continue
             self.events.event("stuck", f"{child.name} is stuck: no heartbeat for {silent:.0f} s",
                               pid=child.process.pid)  # fmt: skip
@@ -355,3 +369,19 @@ class Supervisor:
                 child.process.kill()
                 child.process.wait()
                 self._forget_process(child)
+
+
+def _cpu_seconds(child: Child) -> float:
+    with contextlib.suppress(psutil.Error):
+        times = psutil.Process(child.process.pid).cpu_times()
+        return times.user + times.system
+    return 0.0
+
+
+def _is_runnable(child: Child) -> bool:
+    """Whether a thread of it runs or waits for a processor; stopped and sleeping ones do neither."""
+    with contextlib.suppress(psutil.Error, OSError):
+        for task in Path(f"/proc/{child.process.pid}/task").iterdir():
+            if (task / "stat").read_text().rpartition(")")[2].split()[0] == "R":
+                return True
+    return False

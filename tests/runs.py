@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+
+from asyncrl.logs import Event, read_events
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -71,20 +74,23 @@ class Run:
         """Which of the children ever seen are still alive."""
         return psutil.wait_procs(list(self.seen), timeout=patience_seconds)[1]
 
-    def events(self) -> str:
-        path = self.folder / "events.log"
-        return path.read_text() if path.exists() else ""
+    def events(self) -> list[Event]:
+        return read_events(self.folder / "events.log")
 
     def metrics(self) -> list[dict]:
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         return [json.loads(line) for line in lines]
 
+    def count(self, kind: str, text: str = "") -> int:
+        """How many events of a kind have this text in them."""
+        return sum(event.kind == kind and text in event.text for event in self.events())
+
     def kill_tree(self) -> None:
         """kill -9 of the parent and everything below it, at once."""
+        if self.process.poll() is not None:
+            return
         for process in [psutil.Process(self.process.pid), *self.children()]:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
-            except psutil.NoSuchProcess:
-                continue
         self.process.wait()

@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 
 from asyncrl.logs import read_episodes
-from tests.runs import REPOSITORY, Run
+from tests.runs import REPOSITORY
 
 LAUNCH_FILES = sorted((REPOSITORY / "launch").glob("*.py"))
-SMALL = ("--schedule serial --total-env-steps 1500 --algorithm.replay.capacity 2000 "
-         "--algorithm.replay.learning-starts 1400 --evaluation.period-steps 0").split()  # fmt: skip
+SMALL = [
+    *("--schedule", "serial", "--total-env-steps", 1500, "--evaluation.period-steps", 0),
+    *("--algorithm.replay.capacity", 2000, "--algorithm.replay.learning-starts", 1400),
+]
 
 
 @pytest.mark.parametrize("launch_file", LAUNCH_FILES, ids=lambda path: path.stem)
-def test_launch_file_learns_a_little(launch_file: Path, tmp_path):
-    run = Run(tmp_path, "small", launch_file, *SMALL)
+def test_launch_file_learns_a_little(launch_file: Path, start):
+    run = start("small", launch_file, *SMALL)
     status, output = run.finish(110)
     assert status == 0, output
     last = run.metrics()[-1]
@@ -33,14 +35,14 @@ def test_launch_file_says_what_to_expect(launch_file: Path):
         assert word in header
 
 
-def test_the_launch_file_of_the_readme(tmp_path):
+def test_the_launch_file_of_the_readme(start, tmp_path):
     """Own env, model and policy mix in under 40 lines; it learns, and reports by policy."""
     readme = (REPOSITORY / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert len(code.splitlines()) < 40
     launch_file = tmp_path / "corridor.py"
     launch_file.write_text(code)
-    run = Run(tmp_path, "corridor", launch_file)
+    run = start("corridor", launch_file)
     status, output = run.finish(110)
     assert status == 0, output
     episodes = read_episodes(run.folder)

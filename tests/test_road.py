@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from asyncrl.checkpoint import Checkpoints
 from asyncrl.types import Spec
 from tests.counting_env import length_of, terminates
-from tests.runs import Run
 
 LAUNCH_FILES = Path(__file__).parent / "launch_files"
 
@@ -74,20 +74,20 @@ def check_lane(spec: Spec, unrolls: list) -> list[tuple[float, int]]:
     return episodes
 
 
-def test_every_step_once_and_in_order_across_kill_9_of_actors(tmp_path, monkeypatch):
+def test_every_step_once_and_in_order_across_kill_9_of_actors(start, tmp_path, monkeypatch):
     """Then SIGTERM: a checkpoint, 143, nobody left; then the same command goes on from there."""
     record = tmp_path / "record.bin"
     monkeypatch.setenv("RECORD", str(record))
     launch_file = LAUNCH_FILES / "recorder.py"
-    run = Run(tmp_path, "road", launch_file)
+    run = start("road", launch_file)
     rng = random.Random(0)
     run.wait_until(lambda: run.metrics() and run.metrics()[-1]["env_steps"] > 2_000)
     for death in range(3):
         name = f"actor {rng.randrange(2)}"
         victim = run.find(name)
         victim.send_signal(signal.SIGKILL)
-        run.wait_until(lambda: run.events().count(" restarted  ") > death)  # noqa: B023
-        assert f"{name} died: signal SIGKILL" in run.events()
+        run.wait_until(lambda: run.count("restarted", "actor") > death)  # noqa: B023
+        assert run.count("death", f"{name} died: signal SIGKILL")
         restarted_at = run.metrics()[-1]["env_steps"]
         run.wait_until(lambda: run.metrics()[-1]["env_steps"] > restarted_at + 2_000)  # noqa: B023
     run.children()
@@ -108,10 +108,10 @@ def test_every_step_once_and_in_order_across_kill_9_of_actors(tmp_path, monkeypa
 
     record.rename(tmp_path / "before.bin")
     steps = last["env_steps"]
-    again = Run(tmp_path, "road", launch_file, "--total-env-steps", steps + 3_000)
+    again = start("road", launch_file, "--total-env-steps", steps + 3_000)
     status, output = again.finish()
     assert status == 0, output
-    assert f"resumed at {steps} env steps" in again.events()
+    assert again.count("learner", f"resumed at {steps} env steps") == 1
     all_steps = [row["env_steps"] for row in again.metrics()]
     assert all_steps == sorted(all_steps)
     assert steps + 3_000 <= all_steps[-1] < steps + 5_000
@@ -129,12 +129,56 @@ def test_every_step_once_and_in_order_across_kill_9_of_actors(tmp_path, monkeypa
         assert int(fresh[0].header.sequence) == max(sequence for _, sequence in old) + 1
 
 
-def test_nobody_outlives_a_parent_killed_with_kill_9(tmp_path, monkeypatch):
+def test_nobody_outlives_a_parent_killed_with_kill_9(start, tmp_path, monkeypatch):
     monkeypatch.setenv("RECORD", str(tmp_path / "record.bin"))
-    run = Run(tmp_path, "orphans", LAUNCH_FILES / "recorder.py")
+    run = start("orphans", LAUNCH_FILES / "recorder.py")
     run.wait_until(lambda: run.find("actor 1") and run.find("learner 0"))
     run.wait_until(lambda: run.metrics())
     run.children()
     run.signal(signal.SIGKILL)
     run.process.wait()
     assert not run.orphans()
+
+
+def test_a_killed_learner_is_restarted_onto_the_same_lanes(start, tmp_path, monkeypatch):
+    """From its newest checkpoint; the actors live on, and their unrolls go on in sequence."""
+    record = tmp_path / "record.bin"
+    monkeypatch.setenv("RECORD", str(record))
+    run = start("learner", LAUNCH_FILES / "recorder.py")
+    run.wait_until(lambda: list((run.folder / "checkpoints").glob("checkpoint_*")))
+    actors = [run.find("actor 0").pid, run.find("actor 1").pid]
+    saved = record.stat().st_size
+    run.find("learner 0").send_signal(signal.SIGKILL)
+    run.wait_until(lambda: run.count("learner", "resumed at"))
+    resumed_at = run.metrics()[-1]["env_steps"]
+    run.wait_until(lambda: run.metrics()[-1]["env_steps"] > resumed_at + 2_000)
+    assert [run.find("actor 0").pid, run.find("actor 1").pid] == actors
+    run.signal(signal.SIGTERM)
+    status, output = run.finish(30)
+    assert status == 143, output
+    assert not run.orphans()
+    assert saved < record.stat().st_size
+    steps = [row["env_steps"] for row in run.metrics()]
+    assert steps == sorted(steps)
+    versions = {}
+    for unroll in read_records(record, run.folder)[1]:
+        lane, version = int(unroll.header.lane), int(unroll.header.version)
+        sequence = int(unroll.header.sequence)
+        versions.setdefault(lane, {})[sequence] = version
+    for by_sequence in versions.values():
+        ordered = [by_sequence[sequence] for sequence in sorted(by_sequence)]
+        assert ordered == sorted(ordered)
+
+
+def test_ctrl_c_twice_ends_at_once_and_the_last_checkpoint_is_whole(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("RECORD", str(tmp_path / "record.bin"))
+    run = start("twice", LAUNCH_FILES / "recorder.py")
+    run.wait_until(lambda: list((run.folder / "checkpoints").glob("checkpoint_*")))
+    run.children()
+    run.signal(signal.SIGINT)
+    run.signal(signal.SIGINT)
+    status, output = run.finish(15)
+    assert status == 130, output
+    assert "Traceback" not in output
+    assert not run.orphans()
+    assert Checkpoints(run.folder / "checkpoints").newest_valid() is not None

@@ -39,6 +39,9 @@ class FrameStack(nn.Module):
         env = torch.arange(B, device=first.device).expand(T, B)
         # Row at which the episode of each row opened; the state's own rows are already cut.
         opened = torch.where(first, row, 0).cummax(0).values
-        rows = [torch.maximum(row - back, opened) for back in range(before, -1, -1)]
-        stack = torch.stack([history[r, env] for r in rows], dim=2)
+        back = torch.arange(before, -1, -1, device=first.device)
+        rows = torch.maximum(row.unsqueeze(2) - back, opened.unsqueeze(2))  # (T, B, k)
+        # Whole frames by one index each: copies of memory, not of elements.
+        index = (rows * B + env.unsqueeze(2)).flatten()
+        stack = history.flatten(0, 1).index_select(0, index).unflatten(0, rows.shape)
         return stack, {"frames": stack[-1, :, 1:]}

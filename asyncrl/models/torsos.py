@@ -72,8 +72,8 @@ class ImageEncoder(nn.Module):
         device_type = image.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else self.torso_dtype
-        image = image.to(dtype, memory_format=torch.channels_last) * self.pixel_scale
-        return self.torso(image)
+        image = image.to(dtype, memory_format=torch.channels_last)
+        return self.torso(image if self.pixel_scale == 1 else image.mul_(self.pixel_scale))
 
     @property
     def torso_dtype(self) -> torch.dtype:

@@ -1,0 +1,201 @@
+"""What an actor costs: a random policy on Breakout against ALE's vector env alone.
+
+    python benchmarks/actor.py
+
+The actor is the real one, in a process of its own, on a real ring that this process drains and
+releases; no learner, and the throttle never binds. It is measured with the launch file's net and
+with one that only stacks frames and computes nothing (`no net`). Alone, ALE's environments, as many
+and with as many threads, get random actions by send and recv, as one group and as the groups of an
+actor; the faster of the two counts. All take turns in each repeat and sleep while another is
+measured. Counted are rows: the step that resets a game counts on both sides.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from statistics import mean
+
+import gymnasium as gym
+import numpy as np
+import torch
+from measure import REPOSITORY, Report, arguments, like_a_run, wire
+from torch import nn
+
+from asyncrl.actor import CONTEXT_FIELDS, Actor
+from asyncrl.config import resolve
+from asyncrl.envs import make_envs
+from asyncrl.policies import Random, as_mixture
+from asyncrl.transport.ring import Ring, UnrollReader, Word
+from asyncrl.transport.shared_memory import Doorbell, Segment
+from asyncrl.transport.weights import WeightsBuffer, WeightsReader, WeightsWriter, weights_fields
+
+SHARES = {"env": Word.TIME_ENV, "net and policy": Word.TIME_INFERENCE, "writing": Word.TIME_WRITE,
+          "waiting": Word.TIME_WAIT}  # fmt: skip
+PROCESSES = multiprocessing.get_context("fork")
+
+
+class OnlyStack(nn.Module):
+    """The core of a network, and zeros for what the rest would compute."""
+
+    def __init__(self, network: nn.Module, num_actions: int):
+        super().__init__()
+        self.stack, self.num_actions = network.stack, num_actions
+        self.initial_state = network.stack.initial_state
+
+    def forward(self, obs, first, state):
+        _, state = self.stack(obs, first, state)
+        return {"q": torch.zeros(*first.shape, self.num_actions)}, state
+
+
+class ActorProcess:
+    """An actor with its lanes; this process is the one that drains them."""
+
+    def __init__(self, config, spec, model):
+        actor = config.actor
+        segments = [Segment.create("lane", Ring.nbytes(spec, actor.slots_per_lane))
+                    for _ in range(actor.lanes_per_actor)]  # fmt: skip
+        self.rings = [Ring(segment.buffer, spec, actor.slots_per_lane) for segment in segments]
+        self.readers = [UnrollReader(ring) for ring in self.rings]
+        fields = weights_fields(model.state_dict(), CONTEXT_FIELDS)
+        segment = Segment.create("weights", WeightsBuffer.nbytes(fields))
+        self.weights, self.model = WeightsBuffer(segment.buffer, fields), model
+        self.config, self.rows_per_unroll = config, spec.unroll_length * spec.num_envs
+        self.bell, self.actor_bell = Doorbell.create(), Doorbell.create()
+        PROCESSES.Process(target=self._act, daemon=True).start()
+        writer = WeightsWriter(self.weights)
+        for name, tensor in model.state_dict().items():
+            np.copyto(writer.back()["model"][name], tensor.numpy())
+        writer.publish()
+
+    def _act(self) -> None:
+        config = self.config
+        torch.set_num_threads(config.actor.num_threads)
+        actor = Actor(
+            0, config.actor, dict(enumerate(self.rings)), WeightsReader(self.weights), self.model,
+            as_mixture(Random()), lambda: make_envs(config.env, config.actor.envs_per_lane),
+            config.seed,
+        )  # fmt: skip
+        while self.actor_bell.wait_for(actor.may_begin, actor.idle):
+            actor.play()
+            self.bell.ring()
+
+    def heads(self) -> int:
+        return sum(ring.read(Word.HEAD) for ring in self.rings)
+
+    def measure(self, seconds: float) -> tuple[float, dict[str, float]]:
+        """(rows a second, the actor's time by share), and the actor asleep again."""
+        words = self.rings[0].words
+        self._drain(permit=True)
+        self._await_unrolls()  # the first ones wake it up
+        rows, times = self.heads(), {name: int(words[word]) for name, word in SHARES.items()}
+        begun = last = time.monotonic()
+        while last - begun < seconds:
+            self._drain(permit=True)
+            self._await_unrolls()
+            last, made = time.monotonic(), self.heads() - rows
+        spent = {name: (int(words[word]) - times[name]) / 1e9 / (last - begun)
+                 for name, word in SHARES.items()}  # fmt: skip
+        while self.heads() < sum(reader.permitted for reader in self.readers):
+            self._drain(permit=False)
+            self.bell.wait(1)
+        self._drain(permit=False)
+        return made * self.rows_per_unroll / (last - begun), spent
+
+    def _await_unrolls(self) -> None:
+        if not self.bell.wait(60):
+            raise RuntimeError("the actor has made no unroll for a minute")
+
+    def _drain(self, permit: bool) -> None:
+        for reader in self.readers:
+            while reader.take():
+                pass
+            reader.release()
+            if permit:  # as far as there are slots: no throttle
+                reader.permit(reader.taken + self.config.actor.slots_per_lane)
+        self.actor_bell.ring()
+
+
+class AloneProcess:
+    """ALE's vector env and nothing else: `num_groups` of them, taken in turn by send and recv."""
+
+    def __init__(self, config, num_groups: int, num_envs: int):
+        self.config, self.num_groups, self.num_envs = config, num_groups, num_envs
+        self.pipe, self.theirs = PROCESSES.Pipe()
+        PROCESSES.Process(target=self._step, daemon=True).start()
+
+    def _step(self) -> None:
+        env = self.config.env.resolved()
+        settings = env.kwargs | env.atari | {"num_threads": env.num_threads}
+        groups = [gym.make_vec(env.id, self.num_envs, "vector_entry_point", **settings)
+                  for _ in range(self.num_groups)]  # fmt: skip
+        rng, num_actions = np.random.default_rng(0), int(groups[0].single_action_space.n)
+        for group in groups:
+            group.reset(seed=1)
+        while True:
+            seconds, rows = self.theirs.recv(), 0
+            begun = time.monotonic()
+            for group in groups:
+                group.send(rng.integers(num_actions, size=self.num_envs))
+            while time.monotonic() - begun < seconds:
+                for group in groups:
+                    group.recv()
+                    group.send(rng.integers(num_actions, size=self.num_envs))
+                    rows += self.num_envs
+            for group in groups:
+                group.recv()
+                rows += self.num_envs
+            self.theirs.send(rows / (time.monotonic() - begun))
+
+    def measure(self, seconds: float) -> float:
+        """Rows a second."""
+        self.pipe.send(seconds)
+        return self.pipe.recv()
+
+
+def main() -> None:
+    parser = arguments(__doc__, repeats=7)
+    parser.add_argument("--seconds", type=float, default=10, help="of each measurement")
+    parser.add_argument("--launch", default="launch/breakout_dqn.py", help="an Atari launch file")
+    options, rest = parser.parse_known_args()  # the rest are options of the launch file
+    like_a_run()
+    torch.set_num_threads(1)  # no thread pool may exist where a process is forked
+    config = resolve(REPOSITORY / options.launch, rest)
+    spec, model = wire(config)
+    report, actor = Report("actor", options), config.actor
+    groups, num_envs = actor.lanes_per_actor, actor.envs_per_lane
+    alone = {
+        f"alone, 1 group of {groups * num_envs}": AloneProcess(config, 1, groups * num_envs),
+        f"alone, {groups} groups of {num_envs}": AloneProcess(config, groups, num_envs),
+    }
+    acting = {
+        "actor, its net evaluated": ActorProcess(config, spec, model),
+        "actor, no net": ActorProcess(config, spec, OnlyStack(model, int(spec.action_space.n))),
+    }
+    systems = alone | acting
+    rates: dict[str, list[float]] = {name: [] for name in systems}
+    shares: dict[str, list[dict]] = {name: [] for name in acting}
+    for system in systems.values():
+        system.measure(min(3.0, options.seconds))  # the first steps are slow
+    for _ in range(options.repeats):
+        for name, system in systems.items():
+            result = system.measure(options.seconds)
+            if name in acting:
+                result, spent = result
+                shares[name].append(spent)
+            rates[name].append(result)
+    best = [max(pair) for pair in zip(*(rates[name] for name in alone), strict=True)]
+    ratios = {name: [a / b for a, b in zip(rates[name], best, strict=True)] for name in systems}
+    report.table([
+        {"Breakout, random actions": name, "env steps/s": rates[name], "/ alone": ratios[name],
+         **{f"{share}, % of time": 100 * mean(spent[share] for spent in shares.get(name, []))
+            for share in SHARES if name in acting}}
+        for name in systems
+    ])  # fmt: skip
+    for name in acting:
+        report.goal(f"{name} / environments alone", ratios[name], at_least=0.9)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

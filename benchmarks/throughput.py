@@ -1,0 +1,188 @@
+"""Whole systems: DQN on Breakout, learning included, asyncrl beside others on the same machine.
+
+    python benchmarks/throughput.py
+
+One arithmetic for all: Nature net, one vanilla update with a batch of 32 every 4 env steps, a replay
+of 100,000. `sb3` is Stable-Baselines3 with one environment, as its DQN is run; `plain` is a loop of
+ours in one process with as many environments as asyncrl's actor. The systems take turns in each
+repeat. Measured is from some seconds after the first update on. Stable-Baselines3 gets a virtual
+environment of its own, made at the first use.
+
+`waiting` says what a process costs that has nothing to do: after the measurement the learner is
+stopped (SIGSTOP) and the CPU time of the actors counted, and the other way round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+from measure import REPOSITORY, Program, Report, arguments, median, memory, train
+
+OPTIONS = """--algorithm.double False --model.dueling False --algorithm.n-step 1
+    --algorithm.batch-size 32 --algorithm.replay.samples-per-insert 8
+    --algorithm.replay.capacity 100000 --algorithm.replay.learning-starts 2000
+    --evaluation.period-steps 0 --learner.log-seconds 1""".split()
+STEPS_AN_UPDATE = 4
+SETTLE_SECONDS = 5.0  # between the first update and the begin of the measurement
+START_SECONDS = 300.0  # until the first update
+
+
+class Tree:
+    """A process and its descendants: CPU seconds of all that ever lived, and peak of their PSS.
+
+    PSS shares out a page among the processes that have it; RSS would count it several times.
+    """
+
+    def __init__(self, pid: int):
+        self.root = psutil.Process(pid)
+        self.cpu: dict[int, float] = {}
+        self.peak_pss = 0
+
+    def processes(self) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.Error):
+            return [self.root, *self.root.children(recursive=True)]
+        return []
+
+    def sample(self) -> float:
+        """CPU seconds so far."""
+        pss = 0
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                self.cpu[process.pid] = cpu_seconds(process)
+                pss += memory(process.pid)["Pss"]
+        self.peak_pss = max(self.peak_pss, pss)
+        return sum(self.cpu.values())
+
+    def of_role(self, role: str) -> list[psutil.Process]:
+        return [process for process in self.processes()
+                if f"asyncrl.run {role} " in " ".join(process.cmdline())]  # fmt: skip
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+def make_venv(folder: Path) -> Path:
+    """A Python with Stable-Baselines3 in it, and the same torch and ALE as here."""
+    python = folder / "bin" / "python"
+    check = [python, "-c", "import stable_baselines3, ale_py, cv2"]
+    if not python.exists() or subprocess.run(check, capture_output=True).returncode:
+        same = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}"
+                for name in ("torch", "ale-py", "numpy")]  # fmt: skip
+        print(f"making {folder} with stable-baselines3 and {', '.join(same)} ...", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        packages = ["stable-baselines3", "opencv-python-headless", *same]
+        subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
+    return python
+
+
+def cost_of_waiting(tree: Tree, stopped: str, waiting: str, seconds: float) -> float:
+    """% of a core that a role uses while another one is stopped."""
+    for process in tree.of_role(stopped):
+        process.send_signal(signal.SIGSTOP)
+    try:
+        time.sleep(2)  # until rings are full, or nothing may be learned
+        begun = [(process, cpu_seconds(process)) for process in tree.of_role(waiting)]
+        time.sleep(seconds)
+        return 100 * sum(cpu_seconds(process) - before for process, before in begun) / seconds
+    finally:
+        for process in tree.of_role(stopped):
+            process.send_signal(signal.SIGCONT)
+
+
+def measure(name: str, program: Program, seconds: float) -> dict[str, float]:
+    """One system from its start to the end of its measurement."""
+    tree, samples = Tree(program.process.pid), []
+    first_update = end = None
+    try:
+        while True:
+            samples.append((time.time(), tree.sample()))
+            rows = program.rows()
+            if first_update is None:
+                first_update = next((row["time"] for row in rows if row["updates"]), None)
+                if time.time() - program.begun > START_SECONDS:
+                    raise RuntimeError(f"{name}: no update in {START_SECONDS:.0f} s")
+            else:
+                learning = [row for row in rows if row["time"] >= first_update + SETTLE_SECONDS]
+                if learning and learning[-1]["time"] - learning[0]["time"] >= seconds:
+                    begin, end = learning[0], learning[-1]
+                    break
+            time.sleep(0.5)
+        times, cpu = zip(*samples, strict=True)
+        used = np.interp([begin["time"], end["time"]], times, cpu)
+        env_steps, wall = end["env_steps"] - begin["env_steps"], end["time"] - begin["time"]
+        result = {
+            "env steps/s": env_steps / wall,
+            "env steps an update": env_steps / max(end["updates"] - begin["updates"], 1),
+            "CPU s / 1000 env steps": 1e3 * (used[1] - used[0]) / env_steps,
+            "cores busy": (used[1] - used[0]) / wall,
+            "peak PSS, MB": tree.peak_pss / 1e6,
+        }
+        if name == "asyncrl":
+            result["actor waiting, % of a core"] = cost_of_waiting(tree, "learner", "actor", 4)
+            time.sleep(2)
+            result["learner waiting, % of a core"] = cost_of_waiting(tree, "actor", "learner", 4)
+        return result
+    finally:
+        program.stop()
+
+
+def main() -> None:
+    parser = arguments(__doc__, repeats=5)
+    parser.add_argument("--seconds", type=float, default=60, help="of each measurement")
+    systems = ["asyncrl", "sb3", "plain"]
+    parser.add_argument("--systems", nargs="+", choices=systems, default=systems)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    parser.add_argument("--peers-venv", type=Path, default=cache / "asyncrl-benchmarks" / "sb3")
+    options, rest = parser.parse_known_args()  # the rest are options of asyncrl
+    python = make_venv(options.peers_venv.absolute()) if "sb3" in options.systems else None
+    report = Report("throughput", options)
+    results: dict[str, list[dict]] = {name: [] for name in options.systems}
+    with tempfile.TemporaryDirectory() as folder:
+        for repeat in range(options.repeats):
+            for name in options.systems:
+                runs = Path(folder) / f"{name}_{repeat}"
+                if name == "asyncrl":
+                    program = train("launch/breakout_dqn.py", name, runs, *OPTIONS, *rest)
+                else:
+                    runs.mkdir()
+                    interpreter = python if name == "sb3" else sys.executable
+                    script = REPOSITORY / "benchmarks" / f"peer_{name}.py"
+                    command = [interpreter, script, runs / "rows", repeat + 1]
+                    program = Program(command, runs / "log", runs / "rows")
+                result = measure(name, program, options.seconds)
+                results[name].append(result)
+                print(f"{repeat + 1}/{options.repeats} {name}: {result['env steps/s']:.1f}",
+                      file=sys.stderr, flush=True)  # fmt: skip
+    rows = []
+    for name, found in results.items():
+        columns = {key: [result[key] for result in found] for key in found[0]}
+        if "sb3" in results:
+            pairs = zip(found, results["sb3"], strict=True)
+            columns["/ sb3"] = [mine["env steps/s"] / its["env steps/s"] for mine, its in pairs]
+        rows.append({"Breakout, DQN": name} | columns)
+    waiting = [{key: row.pop(key) for key in list(row) if "waiting" in key} for row in rows]
+    report.table(rows)
+    for row, costs in zip(rows, waiting, strict=True):
+        if abs(median(row["env steps an update"]) / STEPS_AN_UPDATE - 1) > 0.05:
+            report.note(f"{row['Breakout, DQN']} did not do one update every 4 env steps")
+        if row["Breakout, DQN"] == "asyncrl" and "/ sb3" in row:
+            report.goal("asyncrl / Stable-Baselines3, env steps/s", row["/ sb3"], at_least=2)
+        for what, percent in costs.items():
+            report.goal(f"nobody spins: {what}", percent, at_most=2)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""Fixtures of several tests."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.runs import Run
+
+
+@pytest.fixture
+def start(tmp_path):
+    """`start(run_id, launch_file, *options)` begins a real run; none outlives its test."""
+    runs: list[Run] = []
+
+    def start_run(run_id, launch_file, *options) -> Run:
+        runs.append(Run(tmp_path, run_id, launch_file, *options))
+        return runs[-1]
+
+    yield start_run
+    for run in runs:
+        run.kill_tree()
