@@ -379,7 +379,7 @@ def _cpu_seconds(child: Child) -> float:
 
 
 def _is_runnable(child: Child) -> bool:
-    """Whether a thread of it runs or waits for a processor; stopped and sleeping ones do neither."""
+    """Whether a thread of it runs or waits for a processor, rather than being asleep or stopped."""
     with contextlib.suppress(psutil.Error, OSError):
         for task in Path(f"/proc/{child.process.pid}/task").iterdir():
             if (task / "stat").read_text().rpartition(")")[2].split()[0] == "R":
