@@ -95,9 +95,13 @@ def apply_options(config: Config, options: Sequence[str], program: str) -> Confi
     )
 
 
+def _split_profile(option: str) -> list[str]:
+    return option.split("=", 1) if option.startswith("--profile=") else [option]
+
+
 def resolve(path: Path, options: Sequence[str], original: Path | None = None) -> Config:
     """The configuration that a launch file and options (with `--profile NAME`) make."""
-    options = list(options)
+    options = [part for option in options for part in _split_profile(option)]
     profile = "config"
     while "--profile" in options:
         position = options.index("--profile")

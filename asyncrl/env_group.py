@@ -153,6 +153,15 @@ class EnvGroup:
         self._return, self._length = self._return * ~game_over, self._length * ~game_over
         return step
 
+    def render(self) -> Any:
+        """The environments' own pictures, where they were made with a render_mode."""
+        return self._env.render()
+
+    @property
+    def frames_per_second(self) -> int:
+        """How fast the environments want to be shown."""
+        return self._env.metadata.get("render_fps") or 30
+
     def close(self) -> None:
         """Let the environments go; workers that do not leave within two seconds are killed."""
         env, self._env = self._env, None

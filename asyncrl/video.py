@@ -52,7 +52,7 @@ def make_visible(config: EnvConfig, num_envs: int, render_mode: str = "rgb_array
 
 def rendered(envs: EnvGroup, index: int) -> np.ndarray:
     """(H, W, 3) uint8: what one environment shows now."""
-    frames = envs._env.render()
+    frames = envs.render()
     frame = frames[index] if frames is not None else None
     if getattr(frame, "dtype", None) != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
         raise EnvDataError(
@@ -76,7 +76,7 @@ class Twin:
         if config.is_ale:
             self.fps = 60 / self._envs.env_step_frames
         else:
-            self.fps = self._envs._env.metadata.get("render_fps") or 30
+            self.fps = self._envs.frames_per_second
         self._name, self._num_steps = config.id, 0
 
     def reset(self) -> None:

@@ -13,6 +13,7 @@ import sys
 import time
 from copy import deepcopy
 
+import ale_py
 import gymnasium as gym
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bfloat16 = computes_in_bfloat16("auto", device)
+    gym.register_envs(ale_py)
     config = resolve(REPOSITORY / "launch" / "breakout_dqn.py", [])
     B = config.actor.lanes_per_actor * config.actor.envs_per_lane
     settings = config.env.atari | {"stack_num": STACK, "num_threads": config.env.num_threads}
@@ -95,7 +97,7 @@ def main() -> None:
         explore = rng.random(B) < EPSILON
         action[at, explore] = rng.integers(num_actions, size=int(explore.sum()))
         frames, reward[at], ended, cut, info = envs.step(action[at])
-        # The step after a game's end resets it; a plain loop learns from that row as from any other.
+        # The step after a game's end resets it; this loop learns from that row as from any other.
         terminated[at], opens, over = ended, over, (ended & (info["lives"] == 0)) | cut
         env_steps = (t + 1) * B
         while env_steps > LEARNING_STARTS and updates * STEPS_A_BATCH < env_steps - LEARNING_STARTS:

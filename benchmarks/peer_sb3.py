@@ -2,9 +2,9 @@
 
     python benchmarks/peer_sb3.py METRICS_FILE [SEED]
 
-Its own Atari wrappers and its vanilla DQN: one environment, batches of 32 every 4 env steps. Epsilon
-stays at 0.1, where a run of full length spends most of its time: SB3 evaluates no net for a random
-action, so that its first million steps are faster than the rest.
+Its own Atari wrappers and its vanilla DQN: one environment, batches of 32 every 4 env steps.
+Epsilon stays at 0.1: about where a run of full length spends its time. SB3 evaluates no net for a
+random action, so the first steps of a run, nearly all random, are faster than the rest.
 """
 
 import json

@@ -2,11 +2,11 @@
 
     python benchmarks/throughput.py
 
-One arithmetic for all: Nature net, one vanilla update with a batch of 32 every 4 env steps, a replay
+One arithmetic for all: Nature net, one vanilla update with a batch of 32 every 4 env steps, replay
 of 100,000. `sb3` is Stable-Baselines3 with one environment, as its DQN is run; `plain` is a loop of
 ours in one process with as many environments as asyncrl's actor. The systems take turns in each
 repeat. Measured is from some seconds after the first update on. Stable-Baselines3 gets a virtual
-environment of its own, made at the first use.
+environment of its own, made at the first use (torch of the same version as here).
 
 `waiting` says what a process costs that has nothing to do: after the measurement the learner is
 stopped (SIGSTOP) and the CPU time of the actors counted, and the other way round.
@@ -28,10 +28,12 @@ import numpy as np
 import psutil
 from measure import REPOSITORY, Program, Report, arguments, median, memory, train
 
-OPTIONS = """--algorithm.double False --model.dueling False --algorithm.n-step 1
-    --algorithm.batch-size 32 --algorithm.replay.samples-per-insert 8
-    --algorithm.replay.capacity 100000 --algorithm.replay.learning-starts 2000
-    --evaluation.period-steps 0 --learner.log-seconds 1""".split()
+OPTIONS = {
+    "algorithm.double": False, "model.dueling": False, "algorithm.n-step": 1,
+    "algorithm.batch-size": 32, "algorithm.replay.samples-per-insert": 8,
+    "algorithm.replay.capacity": 100_000, "algorithm.replay.learning-starts": 2_000,
+    "evaluation.period-steps": 0, "learner.log-seconds": 1,
+}  # fmt: skip
 STEPS_AN_UPDATE = 4
 SETTLE_SECONDS = 5.0  # between the first update and the begin of the measurement
 START_SECONDS = 300.0  # until the first update
@@ -87,12 +89,13 @@ def make_venv(folder: Path) -> Path:
     return python
 
 
-def cost_of_waiting(tree: Tree, stopped: str, waiting: str, seconds: float) -> float:
-    """% of a core that a role uses while another one is stopped."""
+def cost_of_waiting(tree: Tree, stopped: str, waiting: str, seconds: float = 3) -> float:
+    """% of a core that a role uses while another one is stopped, for less than the 10 seconds after
+    which a supervisor takes an actor for stuck."""
     for process in tree.of_role(stopped):
         process.send_signal(signal.SIGSTOP)
     try:
-        time.sleep(2)  # until rings are full, or nothing may be learned
+        time.sleep(5)  # until rings are full, or nothing may be learned
         begun = [(process, cpu_seconds(process)) for process in tree.of_role(waiting)]
         time.sleep(seconds)
         return 100 * sum(cpu_seconds(process) - before for process, before in begun) / seconds
@@ -115,7 +118,8 @@ def measure(name: str, program: Program, seconds: float) -> dict[str, float]:
                     raise RuntimeError(f"{name}: no update in {START_SECONDS:.0f} s")
             else:
                 learning = [row for row in rows if row["time"] >= first_update + SETTLE_SECONDS]
-                if learning and learning[-1]["time"] - learning[0]["time"] >= seconds:
+                long_enough = learning and learning[-1]["time"] - learning[0]["time"] >= seconds
+                if long_enough and learning[-1]["env_steps"] > learning[0]["env_steps"]:
                     begin, end = learning[0], learning[-1]
                     break
             time.sleep(0.5)
@@ -130,9 +134,9 @@ def measure(name: str, program: Program, seconds: float) -> dict[str, float]:
             "peak PSS, MB": tree.peak_pss / 1e6,
         }
         if name == "asyncrl":
-            result["actor waiting, % of a core"] = cost_of_waiting(tree, "learner", "actor", 4)
+            result["actor waiting, % of a core"] = cost_of_waiting(tree, "learner", "actor")
             time.sleep(2)
-            result["learner waiting, % of a core"] = cost_of_waiting(tree, "actor", "learner", 4)
+            result["learner waiting, % of a core"] = cost_of_waiting(tree, "actor", "learner")
         return result
     finally:
         program.stop()
@@ -154,7 +158,8 @@ def main() -> None:
             for name in options.systems:
                 runs = Path(folder) / f"{name}_{repeat}"
                 if name == "asyncrl":
-                    program = train("launch/breakout_dqn.py", name, runs, *OPTIONS, *rest)
+                    words = [word for k, v in OPTIONS.items() for word in (f"--{k}", v)]
+                    program = train("launch/breakout_dqn.py", name, runs, *words, *rest)
                 else:
                     runs.mkdir()
                     interpreter = python if name == "sb3" else sys.executable

@@ -84,13 +84,8 @@ class Replay:
         self.batch_size, self.frame_stack, self.n_step = batch_size, frame_stack, n_step
         self.limiter = limiter
         self.device = torch.device(device)
+        self.nbytes(spec, num_lanes, capacity)  # refuses what cannot be
         self.rows = self.rows_per_lane(spec, num_lanes, capacity, frame_stack, n_step)
-        least = spec.unroll_length * spec.num_envs * num_lanes
-        if capacity < least:
-            raise ValueError(
-                f"expected a replay capacity of at least one unroll of every lane, {least} env "
-                f"steps, got {capacity}; raise the capacity or shorten the unrolls"
-            )
         self.lanes = [Lane() for _ in range(num_lanes)]
         self.unrolls: deque[tuple[int, int, int]] = deque()  # (lane, row 0, inserted before)
         self.generator = torch.Generator(self.device).manual_seed(seed)
@@ -123,7 +118,13 @@ class Replay:
     def nbytes(
         cls, spec: Spec, num_lanes: int, capacity: int, frame_stack: int = 1, n_step: int = 1
     ) -> int:
-        """Memory the columns will take, for the preflight arithmetic."""
+        """Memory the columns will take, for the preflight; ValueError for too small a capacity."""
+        least = spec.unroll_length * spec.num_envs * num_lanes
+        if capacity < least:
+            raise ValueError(
+                f"expected a replay capacity of at least one unroll of every lane, {least} env "
+                f"steps, got {capacity}; raise the capacity or shorten the unrolls"
+            )
         row = sum(field.nbytes for field in tree_leaves(spec.obs)) + spec.action.nbytes + 4 + 5
         rows = cls.rows_per_lane(spec, num_lanes, capacity, frame_stack, n_step)
         return num_lanes * rows * spec.num_envs * row

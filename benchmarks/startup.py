@@ -1,0 +1,158 @@
+"""From the command to the first gradient step, and the memory of a learner with a full replay.
+
+    python benchmarks/startup.py
+
+CartPole starts in two ways, in turn: with a row of metrics every 0.05 s, where the first row that
+counts an update tells when learning began; and as it is, where the first row of metrics tells what
+a person waits for. Then the learner of launch/breakout_dqn.py is made in a process of its own, its
+replay of 1,000,000 frames filled with noise by Replay.insert, and some updates made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from measure import REPOSITORY, Program, Report, arguments, like_a_run, memory, train, wire
+
+FULL_REPLAY = "--full-replay"  # how this script calls itself
+
+
+def seconds_until(program: Program, condition: Callable[[dict], bool]) -> float:
+    """Seconds from the command to the time in the first row for which the condition holds."""
+    while time.time() - program.begun < 300:
+        for row in program.rows():
+            if condition(row):
+                return row["time"] - program.begun
+        time.sleep(0.1)
+    raise RuntimeError(f"no such row in 300 seconds; see {program.log}")
+
+
+def startup(runs: Path, launch: str, often: bool) -> float:
+    options = ("--learner.log-seconds", 0.05) if often else ()
+    program = train(launch, "run", runs, *options)
+    try:
+        return seconds_until(program, lambda row: not often or row["updates"] > 0)
+    finally:
+        program.stop()
+
+
+def full_replay(folder: Path, launch: str, updates: int) -> dict:
+    """Make a learner as a run does, fill its replay; bytes of memory at several moments."""
+    import torch
+
+    from asyncrl.actor import CONTEXT_FIELDS
+    from asyncrl.config import resolve
+    from asyncrl.learner import Learner
+    from asyncrl.policies import as_mixture
+    from asyncrl.transport.ring import Ring
+    from asyncrl.transport.shared_memory import Segment
+    from asyncrl.transport.weights import WeightsBuffer, WeightsWriter, weights_fields
+
+    config = resolve(REPOSITORY / launch, [])
+    torch.set_num_threads(config.learner.num_threads or os.cpu_count() or 1)
+    torch.set_flush_denormal(True)
+    spec, model = wire(config)
+    lanes, slots = config.actor.num_lanes, config.actor.slots_per_lane
+    segments = [Segment.create("lane", Ring.nbytes(spec, slots)) for _ in range(lanes)]
+    fields = weights_fields(model.state_dict(), CONTEXT_FIELDS)
+    weights = Segment.create("weights", WeightsBuffer.nbytes(fields))
+    learner = Learner(
+        # Saving the replay would write the noise to the disk, and no more to memory.
+        dataclasses.replace(config.learner, save_replay=False),
+        config.actor,
+        config.algorithm.build(model, config.learner.resolved_device()),
+        model,
+        spec,
+        [Ring(segment.buffer, spec, slots) for segment in segments],
+        WeightsWriter(WeightsBuffer(weights.buffer, fields)),
+        as_mixture(config.policy).names,
+        folder,
+        config.seed,
+        config.total_env_steps,
+    )
+    learner.start(resume=False)
+    found = {"before": memory(os.getpid())}
+    store, rng, unrolls = learner.store, np.random.default_rng(0), []
+    for _ in range(8):
+        raw = rng.integers(256, size=spec.layout.nbytes, dtype=np.uint8)
+        unroll = spec.layout.views(raw)
+        for flag in (unroll.first, unroll.terminated, unroll.truncated):
+            flag[...] = False
+        unroll.valid[...] = True
+        unroll.reward[...] = 0
+        unroll.action[...] = 0
+        unroll.header.generation[...] = 0
+        unrolls.append(unroll)
+    begun = time.monotonic()
+    for sequence in itertools.count():
+        if store.limiter.inserted >= 1.02 * store.capacity:
+            break
+        for lane in range(lanes):
+            unroll = unrolls[(sequence + lane) % len(unrolls)]
+            unroll.header.sequence[...] = sequence
+            store.insert(lane, unroll)
+    found["full"] = memory(os.getpid())
+    found["fill_seconds"] = time.monotonic() - begun
+    for _ in range(updates):
+        learner.algorithm.update(store)
+    learner.publish()
+    found["learning"] = memory(os.getpid())
+    found["frames"], found["device"] = store.capacity, str(store.device)
+    return found
+
+
+def main() -> None:
+    parser = arguments(__doc__, repeats=5)
+    parser.add_argument("--launch", default="launch/cartpole_dqn.py", help="what is started")
+    parser.add_argument("--memory-launch", default="launch/breakout_dqn.py", help="a replay's")
+    parser.add_argument("--no-memory", action="store_true", help="leave the replay of 7 GB out")
+    parser.add_argument(FULL_REPLAY, type=Path, help="(for itself)")
+    options = parser.parse_args()
+    like_a_run()
+    if options.full_replay:
+        print(json.dumps(full_replay(options.full_replay, options.memory_launch, updates=50)))
+        return
+    report, name = Report("startup", options), Path(options.launch).stem
+    times: dict[bool, list[float]] = {True: [], False: []}
+    with tempfile.TemporaryDirectory() as folder:
+        for repeat, often in itertools.product(range(options.repeats), times):
+            runs = Path(folder) / f"{repeat}-{often}"
+            times[often].append(startup(runs, options.launch, often))
+        report.table([
+            {f"seconds from the command, {name}": "to the first gradient step", "s": times[True]},
+            {f"seconds from the command, {name}": "to the first row of metrics",
+             "s": times[False]},
+        ])  # fmt: skip
+        if not options.no_memory:
+            command = [sys.executable, __file__, FULL_REPLAY, folder,
+                       "--memory-launch", options.memory_launch]  # fmt: skip
+            child = subprocess.run(command, capture_output=True, text=True)
+            if child.returncode:
+                raise RuntimeError(f"{command} ended with {child.returncode}:\n{child.stderr}")
+            found = json.loads(child.stdout.splitlines()[-1])
+            frames = f"learner, replay of {found['frames']:,} frames on {found['device']}"
+            report.table([
+                {frames: what, "RSS, GB": found[key]["Rss"] / 1e9, "PSS, GB": found[key]["Pss"] / 1e9}
+                for what, key in (("empty", "before"), ("full", "full"),
+                                  ("full, after 50 updates", "learning"))
+            ])  # fmt: skip
+            print(f"filled in {found['fill_seconds']:.0f} s\n")
+    report.goal(f"first gradient step, {name}", times[True], at_most=12, unit=" s")
+    if not options.no_memory:
+        report.goal("memory (RSS) of the learner, replay full", found["learning"]["Rss"] / 1e9,
+                    at_most=7.5, unit=" GB")  # fmt: skip
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()
