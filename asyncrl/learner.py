@@ -93,6 +93,7 @@ class Learner:
         self.config, self.actors, self.spec = config, actors, spec
         self.algorithm, self.model = algorithm, model
         self.store = algorithm.store(spec, len(rings), seed)
+        self.origin = self.store.position()
         self.rings = rings
         self.readers = [UnrollReader(ring) for ring in rings]
         self.weights = weights
@@ -155,6 +156,7 @@ class Learner:
 
     def _load(self, loaded: Loaded, record_nbytes: int) -> None:
         state = unflatten(dict(loaded.tensors) | loaded.state["numbers"])
+        self.store.restart_at(self.origin)  # whatever an unusable checkpoint may have left in it
         if loaded.segments and self.config.save_replay:
             records = read_segments(self.replay_folder, loaded.segments, record_nbytes)
             for index, (record, base, _) in enumerate(records):

@@ -53,9 +53,9 @@ class ActorProcess:
 
     def __init__(self, config, spec, model):
         actor = config.actor
-        segments = [Segment.create("lane", Ring.nbytes(spec, actor.slots_per_lane))
-                    for _ in range(actor.lanes_per_actor)]  # fmt: skip
-        self.rings = [Ring(segment.buffer, spec, actor.slots_per_lane) for segment in segments]
+        nbytes, slots = Ring.nbytes(spec, actor.slots_per_lane), actor.slots_per_lane
+        segments = [Segment.create("lane", nbytes) for _ in range(actor.lanes_per_actor)]
+        self.rings = [Ring(segment.buffer, spec, slots) for segment in segments]
         self.readers = [UnrollReader(ring) for ring in self.rings]
         fields = weights_fields(model.state_dict(), CONTEXT_FIELDS)
         segment = Segment.create("weights", WeightsBuffer.nbytes(fields))
@@ -164,10 +164,8 @@ def main() -> None:
     spec, model = wire(config)
     report, actor = Report("actor", options), config.actor
     groups, num_envs = actor.lanes_per_actor, actor.envs_per_lane
-    alone = {
-        f"alone, 1 group of {groups * num_envs}": AloneProcess(config, 1, groups * num_envs),
-        f"alone, {groups} groups of {num_envs}": AloneProcess(config, groups, num_envs),
-    }
+    kinds = ((1, groups * num_envs), (groups, num_envs))
+    alone = {f"alone, {n} x {B} envs": AloneProcess(config, n, B) for n, B in kinds}
     acting = {
         "actor, its net evaluated": ActorProcess(config, spec, model),
         "actor, no net": ActorProcess(config, spec, OnlyStack(model, int(spec.action_space.n))),

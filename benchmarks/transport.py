@@ -67,8 +67,7 @@ class Bench:
         return time.perf_counter() - begun
 
     def plain_in_one(self, count: int) -> float:
-        raw = self.ring.raw
-        begun = time.perf_counter()
+        raw, begun = self.ring.raw, time.perf_counter()
         for i in range(count):
             np.copyto(raw[i % len(raw)], self.raw[i % NUM_BUFFERS])
             np.copyto(self.copies[i % NUM_BUFFERS], raw[i % len(raw)])
@@ -103,8 +102,7 @@ class Bench:
                 self.bell.ring()
             else:
                 np.copyto(raw[i % len(raw)], self.raw[i % NUM_BUFFERS])
-        ended = time.perf_counter()
-        return max(ended, pipe.recv()) - begun
+        return max(time.perf_counter(), pipe.recv()) - begun
 
     def hand_over_us(self, count: int) -> list[float]:
         """Microseconds of `count` pairs of reserve and commit."""
@@ -131,7 +129,7 @@ def pull_weights(buffer: WeightsBuffer, model, pipe) -> None:
         with torch.no_grad():
             for name, tensor in model.state_dict().items():
                 tensor.copy_(torch.from_numpy(pulled["model"][name]))
-        pipe.send((1e3 * (pulled_at - begun), 1e3 * (time.perf_counter() - pulled_at)))
+        pipe.send([1e3 * (pulled_at - begun), 1e3 * (time.perf_counter() - pulled_at)])
 
 
 def weights_ms(model, count: int, processes) -> dict[str, list[float]]:
@@ -141,20 +139,20 @@ def weights_ms(model, count: int, processes) -> dict[str, list[float]]:
     buffer = WeightsBuffer(segment.buffer, fields)
     writer, (ours, theirs) = WeightsWriter(buffer), processes.Pipe()
     processes.Process(target=pull_weights, args=(buffer, model, theirs), daemon=True).start()
-    times: dict[str, list[float]] = {"publish": [], "pull": [], "load into the acting net": []}
+    times = []
     for _ in range(count + 4):
         begun = time.perf_counter()
         back = writer.back()
         for name, tensor in model.state_dict().items():
             np.copyto(back["model"][name], tensor.detach().cpu().numpy())
         writer.publish()
-        times["publish"].append(1e3 * (time.perf_counter() - begun))
+        published = 1e3 * (time.perf_counter() - begun)
         ours.send(True)
-        pulled, loaded = ours.recv()
-        times["pull"].append(pulled)
-        times["load into the acting net"].append(loaded)
+        times.append([published, *ours.recv()])
     ours.send(False)
-    return {name: values[4:] for name, values in times.items()}  # the first ones touch new memory
+    columns = zip(*times[4:], strict=True)  # the first ones touch new memory
+    names = ("publish", "pull", "load into the acting net")
+    return {name: list(column) for name, column in zip(names, columns, strict=True)}
 
 
 def main() -> None:
@@ -191,15 +189,15 @@ def main() -> None:
     pipe.send(None)
     report.table(rows)
     hand_over = bench.hand_over_us(20_000)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     times = weights_ms(model, 10 * options.repeats, processes)
-    names = {"reserve + commit": (hand_over, "us")} | {
-        f"{name} {num_parameters / 1e6:.2f}M float32 parameters": (values, "ms")
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    rows_of_times = {"reserve + commit, us": hand_over} | {
+        f"{name} {num_parameters / 1e6:.2f}M float32 parameters, ms": values
         for name, values in times.items()
     }
     report.table([
-        {"what": name, "median": median(values), "99 %": float(np.percentile(values, 99)),
-         "unit": unit} for name, (values, unit) in names.items()
+        {"what": name, "median": median(values), "99 %": float(np.percentile(values, 99))}
+        for name, values in rows_of_times.items()
     ])  # fmt: skip
     for row, kind in zip(rows[:2], kinds, strict=False):
         report.goal(f"ring / plain copies, {kind}", row["ring / plain"], at_least=0.8)

@@ -206,3 +206,15 @@ def test_the_limiter_keeps_the_ratio_from_both_sides():
     assert limiter.updates_allowed() == 0
     assert limiter.insert_limit() == 128
     assert limiter.actual() == 8.0
+
+
+def test_a_replay_resumed_empty_is_filled_before_it_is_drawn_from():
+    limiter = RateLimiter(8.0, 32, learning_starts=100, tolerance=20, round_env_steps=10)
+    limiter.inserted, limiter.sampled = 1_000, 4_000
+    limiter.refill()
+    assert limiter.updates_allowed() == 0
+    assert limiter.insert_limit() == 1_120
+    limiter.inserted = 1_100
+    assert limiter.updates_allowed() == 0
+    limiter.inserted = 1_104
+    assert limiter.updates_allowed() == 1

@@ -6,7 +6,7 @@ from math import floor
 
 
 class RateLimiter:
-    """Keeps `sampled / (inserted - learning_starts)` at `samples_per_insert`.
+    """Keeps `sampled / (inserted - starts_at)` at `samples_per_insert`.
 
     Learning never runs ahead of that ratio; collecting may be ahead of it by at most `tolerance`
     env steps, which must cover one unroll of every lane and the env steps of one batch, or the two
@@ -40,19 +40,26 @@ class RateLimiter:
         self.batch_size = batch_size
         self.learning_starts = learning_starts
         self.tolerance = tolerance
+        self.starts_at = float(learning_starts)  # env steps at which the ratio begins to count
         self.inserted = 0  # env steps
         self.sampled = 0  # transitions
 
     def updates_allowed(self) -> int:
         """Batches that may be drawn now."""
-        owed = self.samples_per_insert * (self.inserted - self.learning_starts) - self.sampled
+        owed = self.samples_per_insert * (self.inserted - self.starts_at) - self.sampled
         return max(0, floor(owed / self.batch_size))
 
     def insert_limit(self) -> float:
         """Env steps that may have been started in all."""
-        return self.learning_starts + self.sampled / self.samples_per_insert + self.tolerance
+        return self.starts_at + self.sampled / self.samples_per_insert + self.tolerance
 
     def actual(self) -> float:
         """Samples per insert so far, nan before learning starts."""
-        learned_from = self.inserted - self.learning_starts
+        learned_from = self.inserted - self.starts_at
         return self.sampled / learned_from if learned_from > 0 else float("nan")
+
+    def refill(self) -> None:
+        """The store is empty, whatever was counted: let `learning_starts` come in before updates."""
+        self.starts_at = (
+            self.inserted + self.learning_starts - self.sampled / self.samples_per_insert
+        )

@@ -356,11 +356,21 @@ class Replay:
             lane.end, lane.restored = end, end > 0
             lane.follows = (generation, sequence) if end else None
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict:
         """What is not rebuilt from the unrolls."""
-        counts = torch.tensor([self.limiter.inserted, self.limiter.sampled])
-        return {"counts": counts, "generator": self.generator.get_state()}
+        limiter = self.limiter
+        return {
+            "inserted": limiter.inserted,
+            "sampled": limiter.sampled,
+            "starts_at": limiter.starts_at,
+            "generator": self.generator.get_state(),
+        }
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.limiter.inserted, self.limiter.sampled = (int(count) for count in state["counts"])
+    def load_state_dict(self, state: dict) -> None:
+        """Call it when the unrolls are in; without them, `learning_starts` are collected first."""
+        limiter = self.limiter
+        limiter.inserted, limiter.sampled = state["inserted"], state["sampled"]
+        limiter.starts_at = state["starts_at"]
         self.generator.set_state(state["generator"])
+        if not self.unrolls:
+            limiter.refill()
