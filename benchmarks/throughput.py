@@ -8,16 +8,16 @@ ours in one process with as many environments as asyncrl's actor. The systems ta
 repeat. Measured is from some seconds after the first update on. Stable-Baselines3 gets a virtual
 environment of its own, made at the first use (torch of the same version as here).
 
-`waiting` says what a process costs that has nothing to do: after the measurement the learner is
-stopped (SIGSTOP) and the CPU time of the actors counted, and the other way round.
+`waiting` says what a process costs that has nothing to do: at the end the learner is stopped
+(SIGSTOP) and the CPU time of the actors counted, and the other way round.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import itertools
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -35,15 +35,12 @@ OPTIONS = {
     "evaluation.period-steps": 0, "learner.log-seconds": 1,
 }  # fmt: skip
 STEPS_AN_UPDATE = 4
-SETTLE_SECONDS = 5.0  # between the first update and the begin of the measurement
-START_SECONDS = 300.0  # until the first update
+SETTLE_SECONDS, START_SECONDS = 5.0, 300.0  # from the first update on; until it
 
 
 class Tree:
-    """A process and its descendants: CPU seconds of all that ever lived, and peak of their PSS.
-
-    PSS shares out a page among the processes that have it; RSS would count it several times.
-    """
+    """A process and its descendants: CPU seconds of all that ever lived, peak of their PSS (which
+    shares out a page among the processes that have it; RSS would count it several times)."""
 
     def __init__(self, pid: int):
         self.root = psutil.Process(pid)
@@ -80,34 +77,44 @@ def make_venv(folder: Path) -> Path:
     python = folder / "bin" / "python"
     check = [python, "-c", "import stable_baselines3, ale_py, cv2"]
     if not python.exists() or subprocess.run(check, capture_output=True).returncode:
-        same = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}"
-                for name in ("torch", "ale-py", "numpy")]  # fmt: skip
-        print(f"making {folder} with stable-baselines3 and {', '.join(same)} ...", flush=True)
+        version, same = importlib.metadata.version, ("torch", "ale-py", "numpy")
+        same = [f"{name}=={version(name).partition('+')[0]}" for name in same]
+        print(f"making {folder} with stable-baselines3, {', '.join(same)}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         packages = ["stable-baselines3", "opencv-python-headless", *same]
         subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
     return python
 
 
-def cost_of_waiting(tree: Tree, stopped: str, waiting: str, seconds: float = 3) -> float:
-    """% of a core that a role uses while another one is stopped, for less than the 10 seconds after
-    which a supervisor takes an actor for stuck."""
-    for process in tree.of_role(stopped):
-        process.send_signal(signal.SIGSTOP)
-    try:
-        time.sleep(5)  # until rings are full, or nothing may be learned
+def cost_of_waiting(tree: Tree, stopped: str, waiting: str, seconds: float = 4) -> float:
+    """% of a core that a role uses while another one is stopped, once it has run out of work.
+
+    The supervisor is stopped too: it would take an actor that makes no step for stuck.
+    """
+    asleep = [tree.root, *tree.of_role(stopped)]
+
+    def used(during: float) -> float:
         begun = [(process, cpu_seconds(process)) for process in tree.of_role(waiting)]
-        time.sleep(seconds)
-        return 100 * sum(cpu_seconds(process) - before for process, before in begun) / seconds
+        time.sleep(during)
+        return 100 * sum(cpu_seconds(process) - before for process, before in begun) / during
+
+    try:
+        for process in asleep:
+            process.suspend()
+        deadline = time.monotonic() + 60
+        while used(1) > 5 and time.monotonic() < deadline:
+            pass
+        return used(seconds)
     finally:
-        for process in tree.of_role(stopped):
-            process.send_signal(signal.SIGCONT)
+        for process in reversed(asleep):
+            process.resume()
+            time.sleep(1)  # a heartbeat, before the supervisor looks
 
 
 def measure(name: str, program: Program, seconds: float) -> dict[str, float]:
     """One system from its start to the end of its measurement."""
     tree, samples = Tree(program.process.pid), []
-    first_update = end = None
+    first_update = None
     try:
         while True:
             samples.append((time.time(), tree.sample()))
@@ -117,10 +124,12 @@ def measure(name: str, program: Program, seconds: float) -> dict[str, float]:
                 if time.time() - program.begun > START_SECONDS:
                     raise RuntimeError(f"{name}: no update in {START_SECONDS:.0f} s")
             else:
-                learning = [row for row in rows if row["time"] >= first_update + SETTLE_SECONDS]
-                long_enough = learning and learning[-1]["time"] - learning[0]["time"] >= seconds
-                if long_enough and learning[-1]["env_steps"] > learning[0]["env_steps"]:
-                    begin, end = learning[0], learning[-1]
+                # Env steps come in unrolls: from a row that has new ones to another such row.
+                fresh = [row for old, row in itertools.pairwise(rows)
+                         if row["env_steps"] > old["env_steps"]
+                         and row["time"] >= first_update + SETTLE_SECONDS]  # fmt: skip
+                if fresh and fresh[-1]["time"] - fresh[0]["time"] >= seconds:
+                    begin, end = fresh[0], fresh[-1]
                     break
             time.sleep(0.5)
         times, cpu = zip(*samples, strict=True)
@@ -135,7 +144,6 @@ def measure(name: str, program: Program, seconds: float) -> dict[str, float]:
         }
         if name == "asyncrl":
             result["actor waiting, % of a core"] = cost_of_waiting(tree, "learner", "actor")
-            time.sleep(2)
             result["learner waiting, % of a core"] = cost_of_waiting(tree, "actor", "learner")
         return result
     finally:
@@ -157,19 +165,17 @@ def main() -> None:
         for repeat in range(options.repeats):
             for name in options.systems:
                 runs = Path(folder) / f"{name}_{repeat}"
+                runs.mkdir()
                 if name == "asyncrl":
                     words = [word for k, v in OPTIONS.items() for word in (f"--{k}", v)]
                     program = train("launch/breakout_dqn.py", name, runs, *words, *rest)
                 else:
-                    runs.mkdir()
                     interpreter = python if name == "sb3" else sys.executable
                     script = REPOSITORY / "benchmarks" / f"peer_{name}.py"
                     command = [interpreter, script, runs / "rows", repeat + 1]
                     program = Program(command, runs / "log", runs / "rows")
-                result = measure(name, program, options.seconds)
-                results[name].append(result)
-                print(f"{repeat + 1}/{options.repeats} {name}: {result['env steps/s']:.1f}",
-                      file=sys.stderr, flush=True)  # fmt: skip
+                results[name].append(result := measure(name, program, options.seconds))
+                print(f"{repeat + 1} {name}: {result['env steps/s']:.1f}", file=sys.stderr)
     rows = []
     for name, found in results.items():
         columns = {key: [result[key] for result in found] for key in found[0]}

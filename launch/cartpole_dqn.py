@@ -21,18 +21,20 @@ from asyncrl import (
 
 config = Config(
     env=EnvConfig("CartPole-v1"),
-    model=ModelConfig(hidden=(256, 256)),
+    model=ModelConfig(hidden=(256, 256), dueling=True),
     policy=EpsilonGreedy(Linear(1.0, 0.04, 16_000)),
     algorithm=DQNConfig(
+        gamma=0.97,
         n_step=3,
-        learning_rate=Linear(5e-4, 0.0, 100_000),
-        batch_size=128,
-        target_period=250,
+        learning_rate=Linear(1e-3, 0.0, 100_000),
+        batch_size=64,
+        target_period=1,
+        polyak=0.01,
         reward_clip=0,
-        replay=ReplayConfig(capacity=100_000, samples_per_insert=32, learning_starts=1_000),
+        replay=ReplayConfig(capacity=100_000, samples_per_insert=16, learning_starts=1_000),
     ),
     actor=ActorConfig(lanes_per_actor=1, envs_per_lane=4, unroll_length=8),
-    evaluation=EvaluationConfig(period_steps=10_000, epsilon=0.0),
+    evaluation=EvaluationConfig(period_steps=5_000, num_episodes=20, epsilon=0.0),
     total_env_steps=100_000,
 )
 

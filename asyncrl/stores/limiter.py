@@ -59,7 +59,6 @@ class RateLimiter:
         return self.sampled / learned_from if learned_from > 0 else float("nan")
 
     def refill(self) -> None:
-        """The store is empty, whatever was counted: let `learning_starts` come in before updates."""
-        self.starts_at = (
-            self.inserted + self.learning_starts - self.sampled / self.samples_per_insert
-        )
+        """The store is empty, whatever was counted: `learning_starts` come in before updates."""
+        learned_from = self.sampled / self.samples_per_insert
+        self.starts_at = self.inserted + self.learning_starts - learned_from
