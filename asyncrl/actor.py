@@ -108,37 +108,46 @@ class Actor:
     ):
         self.index, self.config, self.weights = index, config, weights
         self.device = torch.device(config.device)
-        self.model = model.to(self.device).eval().requires_grad_(False)
-        if computes_in_bfloat16(config.precision, self.device):
-            self.model.to(torch.bfloat16)
+        self.model = model.to(self.device).eval()
+        self.bfloat16 = computes_in_bfloat16(config.precision, self.device)
         self.policy, self.seed, self.generation = policy, seed, generation
         self.lanes = [LaneState(lane, ring, make_envs) for lane, ring in rings.items()]
         self.words = [lane.ring.words for lane in self.lanes]
         self._mark = time.monotonic_ns()
 
+    def due(self) -> list[LaneState]:
+        """The lanes to play next: all, or first those that a death of this actor left behind."""
+        behind = min(lane.writer.sequence for lane in self.lanes)
+        return [lane for lane in self.lanes if lane.writer.sequence == behind]
+
     def may_begin(self) -> bool:
-        """Whether every lane may begin its next unroll."""
-        return all(lane.writer.may_begin() for lane in self.lanes)
+        """Whether every lane that is due may begin its next unroll."""
+        return all(lane.writer.may_begin() for lane in self.due())
 
     def play(self) -> None:
-        """One unroll of every lane, each step of one overlapping the net's turn with the next."""
+        """One unroll of each due lane; a step of one overlaps the net's turn with the next."""
         self._spend(Word.TIME_WAIT)
         self._pull()
-        for lane in self.lanes:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            self._play(self.due())
+
+    def _play(self, lanes: list[LaneState]) -> None:
+        for lane in lanes:
             if lane.envs is None or lane.generation != self.generation + self.epoch:
+                self.beat(grace_seconds=110)  # environments may take their time to be made
                 lane.restart(
                     self.seed, self.generation + self.epoch, self.model, self.policy, self.device
                 )
         self._spend(Word.TIME_PULL)
-        unrolls = [self._begin(lane) for lane in self.lanes]
+        unrolls = [self._begin(lane) for lane in lanes]
         T = self.config.unroll_length
         for t in range(T):
-            for lane, unroll in zip(self.lanes, unrolls, strict=True):
+            for lane, unroll in zip(lanes, unrolls, strict=True):
                 if t > 0:
                     self._finish(lane, unroll, t - 1)
                 self._act(lane, unroll, t)
             self.beat()
-        for lane, unroll in zip(self.lanes, unrolls, strict=True):
+        for lane, unroll in zip(lanes, unrolls, strict=True):
             self._finish(lane, unroll, T - 1)
             lane.writer.commit()
 
@@ -195,7 +204,7 @@ class Actor:
             )
             first = torch.from_numpy(unroll.first[t : t + 1]).to(self.device)
             outputs, lane.state = self.model(obs, first, lane.state)
-            outputs = {name: output[0].cpu().numpy() for name, output in outputs.items()}
+            outputs = {name: output[0].float().cpu().numpy() for name, output in outputs.items()}
         opens = lane.first if self.policy.scope == "game" else lane.new_life
         action, log_prob, lane.policy_state = self.policy(
             outputs, lane.policy_state, opens, lane.step, lane.context, lane.rng
@@ -224,9 +233,9 @@ class Actor:
 
     # -- what the learner can see ----------------------------------------------------------------
 
-    def beat(self) -> None:
-        """Say that this actor is alive."""
-        now = time.monotonic_ns()
+    def beat(self, grace_seconds: float = 0) -> None:
+        """Say that this actor is alive, and will be for some time without saying so."""
+        now = time.monotonic_ns() + int(grace_seconds * 1e9)
         for words in self.words:
             words[Word.BEAT] = now
 

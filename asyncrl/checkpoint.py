@@ -102,7 +102,7 @@ class Checkpoints:
         _self_sum(manifest)  # raises what is not JSON
         try:
             make_folder(self.folder)
-            self._sweep()
+            self._sweep(best)
             os.mkdir(temporary)
             manifest["files"] = {n: write_file(temporary / n, p) for n, p in contents.items()}
             manifest["sha256"] = _self_sum(manifest)
@@ -116,14 +116,14 @@ class Checkpoints:
             fsync_folder(self.folder)
         except OSError as error:
             with contextlib.suppress(OSError):
-                self._sweep()
+                self._sweep(best)
             room = sum(array.nbytes for array in tensors.values()) / 1e6
             raise CheckpointError(
                 f"cannot save {final}: expected a writable folder with {room:.1f} MB free, got "
                 f"{error}; older ones are untouched: make room or give permission, then save again"
             ) from error
         try:
-            self._sweep()
+            self._sweep(best)
             if not best:
                 self._verdicts[number] = True
                 self._prune()
@@ -169,7 +169,8 @@ class Checkpoints:
         """
         try:
             make_folder(self.folder)
-            self._sweep()
+            self._sweep(best=True)
+            self._sweep(best=False)
             write_atomically(self.folder / ".writable", b"x")
             os.unlink(self.folder / ".writable")
         except OSError as error:
@@ -213,8 +214,11 @@ class Checkpoints:
                 os.rename(path, gone := _hidden(path, "tmp"))
                 shutil.rmtree(gone)
 
-    def _sweep(self) -> None:
+    def _sweep(self, best: bool) -> None:
+        """Leftovers of one kind: the best one may have another writer than the others."""
         for hidden in filter(None, map(_HIDDEN.fullmatch, os.listdir(self.folder))):
+            if (hidden[1] == BEST) != best:
+                continue
             path, visible = self.folder / hidden[0], self.folder / hidden[1]
             if hidden[2] == "old" and not visible.exists():
                 os.rename(path, visible)

@@ -21,7 +21,8 @@ def describe(value: Any) -> Any:
         return [describe(part) for part in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    return f"<{getattr(value, '__module__', '?')}.{getattr(value, '__qualname__', repr(value))}>"
+    name = getattr(value, "__qualname__", None) or type(value).__qualname__  # never an address
+    return f"<{getattr(value, '__module__', '?')}.{name}>"
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

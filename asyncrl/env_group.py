@@ -232,6 +232,10 @@ class EnvGroup:
                 f"{self._config.id}: {name}: expected {space.dtype} of shape {expected} as its "
                 f"observation space says, got {getattr(obs, 'dtype', type(obs))} of shape {shape}"
             )
+        if obs.dtype.kind == "f" and not np.isfinite(obs).all():
+            raise EnvDataError(
+                f"{self._config.id}: {name}: expected finite numbers, got NaN or inf"
+            )
         return obs.copy() if self._copies else obs
 
 

@@ -41,6 +41,13 @@ class EvaluationConfig:
     epsilon: float = 0.01
     """Random actions among the greedy ones; a little keeps a game from looping without end."""
 
+    def __post_init__(self):
+        if self.period_steps < 0 or self.num_episodes < 1 or self.num_envs < 1:
+            raise ValueError(
+                "expected evaluation.period_steps >= 0, num_episodes >= 1 and num_envs >= 1, got "
+                f"{self.period_steps}, {self.num_episodes} and {self.num_envs}"
+            )
+
 
 class Game(NamedTuple):
     """One whole game."""

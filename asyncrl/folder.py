@@ -126,7 +126,7 @@ def _prepare_in_child(launch_file: Path, original: Path, options: list[str]) -> 
     return Plan(**json.loads(text))
 
 
-def preflight(plan: Plan, runs: Path, available: int | None = None) -> None:
+def preflight(plan: Plan, folder: Path, available: int | None = None) -> None:
     """Refuse, with the arithmetic, a run that memory or disk cannot hold."""
     needed = sum(nbytes for _, nbytes in plan.memory)
     limits = {"available": psutil.virtual_memory().available if available is None else available}
@@ -139,8 +139,9 @@ def preflight(plan: Plan, runs: Path, available: int | None = None) -> None:
             *(f"    {nbytes / 1e9:8.3f} GB  {what}" for what, nbytes in plan.memory),
             "lower --algorithm.replay.capacity, --actor.num-actors or --actor.envs-per-lane",
         )
-    place = next(path for path in (runs, *runs.absolute().parents) if path.exists())
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
+    free += sum(path.stat().st_size for path in (folder / "replay").glob("*.bin"))  # its own
     if plan.disk_nbytes * 1.1 > free:
         raise Refused(
             f"expected {plan.disk_nbytes * 1.1 / 1e9:.2f} GB of disk in {place} for the saved "
@@ -150,14 +151,22 @@ def preflight(plan: Plan, runs: Path, available: int | None = None) -> None:
 
 
 def _cgroup_memory() -> dict[str, int]:
-    """What the container's own limit leaves, where there is one."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit = (folder / "memory.max").read_text().strip()
-        used = int((folder / "memory.current").read_text())
-        return {} if limit == "max" else {"left of the container's limit": int(limit) - used}
-    except (OSError, ValueError):
-        return {}
+    """What the container's own limit leaves, where there is one (cgroup v2, then v1)."""
+    root = Path("/sys/fs/cgroup")
+    for folder, limit, used, cache in (
+        (root, "memory.max", "memory.current", "inactive_file"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            nbytes = (folder / limit).read_text().strip()
+            if nbytes == "max":
+                return {}
+            statistics = dict(map(str.split, (folder / "memory.stat").read_text().splitlines()))
+            in_use = int((folder / used).read_text()) - int(statistics.get(cache, 0))
+            return {"left of the container's limit": int(nbytes) - in_use}
+        except (OSError, ValueError):
+            continue
+    return {}
 
 
 def _git_revision() -> str | None:

@@ -7,6 +7,7 @@ begin. One object serves all schedules; they differ in who waits for whom.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from asyncrl.disk import CheckpointError
 from asyncrl.logs import EventLog, RunLog
 from asyncrl.metrics import EpisodeStatistics, Rate, TimeShares, bottleneck
 from asyncrl.segments import SegmentWriter, read_segments
+from asyncrl.state import flatten, unflatten
 from asyncrl.transport.ring import Ring, UnrollReader, Word
 from asyncrl.transport.weights import WeightsWriter
 from asyncrl.types import Spec, Unroll
@@ -63,6 +65,8 @@ class LearnerConfig:
         for name in ("sync_period", "publish_period", "checkpoint_steps", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected learner.{name} >= 1, got {getattr(self, name)}")
+        if self.num_threads < 0:
+            raise ValueError(f"expected learner.num_threads >= 0, got {self.num_threads}")
 
     def resolved_device(self) -> torch.device:
         if self.device != "auto":
@@ -89,6 +93,7 @@ class Learner:
         ring_actor: Callable[[int], None] = lambda actor: None,
         turn_based: bool = False,
         read_status: Callable[[], dict] = dict,
+        beat: Callable[[], None] = lambda: None,
     ):
         self.config, self.actors, self.spec = config, actors, spec
         self.algorithm, self.model = algorithm, model
@@ -101,7 +106,7 @@ class Learner:
         self.total_env_steps = total_env_steps
         self.ring_actor = ring_actor
         self.turn_based = turn_based
-        self.read_status = read_status
+        self.read_status, self.beat = read_status, beat
 
         self.events = EventLog(folder / "events.log")
         self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
@@ -111,6 +116,7 @@ class Learner:
         self.shares = TimeShares()
         self.epoch = 0  # of the environments, where they are made anew at checkpoints
         self.generation = 0  # newest seen
+        self.first_version = 0  # of the weights, before the first publication of this start
         self.elapsed_before = 0.0  # seconds, in earlier starts of this run
         self.metrics: dict[str, Tensor] = {}
         self.lags: list[int] = []  # in versions, of the unrolls since the last row of metrics
@@ -138,20 +144,34 @@ class Learner:
         self.actor_times = self._actor_times()
         self.lane_time = time.monotonic_ns()
         self.process = psutil.Process()
+        if not self.weights.version:  # last, because a version says that all before it is done
+            self.weights.buffer.version[0] = self.first_version
         self.publish()
         if not resumed and self.turn_based:
             self.save()  # what a kill before the first periodic checkpoint falls back to
         return resumed is not None
 
     def _resume(self, record_nbytes: int) -> Loaded | None:
-        while (loaded := self.checkpoints.newest_valid()) is not None:
+        newest = loaded = self.checkpoints.newest_valid()
+        while loaded is not None:
             try:
                 self._load(loaded, record_nbytes)
                 break
             except CheckpointError as error:
                 self.checkpoints.reject(loaded, str(error))
+                loaded = self.checkpoints.newest_valid()
         for path, reason in self.checkpoints.rejected:
             self.events.event("refused", f"checkpoint {path.name} not used: {reason}")
+        if loaded is None and newest is not None:  # the replay of all of them is damaged
+            self.events.event("refused", f"{newest.path.name} is used without its replay")
+            loaded = dataclasses.replace(newest, segments=[])
+            self._load(loaded, record_nbytes)
+        if loaded is None and self.checkpoints.rejected:
+            reasons = "; ".join(f"{p.name}: {why}" for p, why in self.checkpoints.rejected)
+            raise CheckpointError(
+                f"expected a valid checkpoint, got {reasons}; put one back, or move "
+                f"{self.checkpoints.folder} away to begin anew"
+            )
         return loaded
 
     def _load(self, loaded: Loaded, record_nbytes: int) -> None:
@@ -160,9 +180,10 @@ class Learner:
         if loaded.segments and self.config.save_replay:
             records = read_segments(self.replay_folder, loaded.segments, record_nbytes)
             for index, (record, base, _) in enumerate(records):
+                self.beat()
                 if index == 0:
                     self.store.restart_at(base)
-                unroll: Unroll = self.spec.layout.views(record)
+                unroll: Unroll = self.spec.layout.views(bytearray(record))
                 self.store.insert(int(unroll.header.lane), unroll)
         self.algorithm.load_state_dict(state["algorithm"])
         self.store.load_state_dict(state["store"])
@@ -175,7 +196,7 @@ class Learner:
             self.epoch = int(self.weights.front()["context"]["epoch"])
             return
         self.epoch = counters["epoch"] if self.turn_based else self.generation + 1
-        self.weights.buffer.version[0] = counters["version"]
+        self.first_version = counters["version"]
         for ring, reader, sequence in zip(
             self.rings, self.readers, counters["sequences"], strict=True
         ):
@@ -206,7 +227,9 @@ class Learner:
                     taken += 1
                 if taken:
                     if self.store.device.type == "cuda":
-                        torch.cuda.current_stream().synchronize()  # the copies still read the slots
+                        torch.cuda.current_stream(
+                            self.store.device
+                        ).synchronize()  # the copies still read the slots
                     reader.release()
                     self.ring_actor(lane // self.actors.lanes_per_actor)
                 count += taken
@@ -265,9 +288,11 @@ class Learner:
         ahead = []  # unrolls permitted and not yet taken, by actor
         for actor in range(self.actors.num_actors):
             own = self.readers[actor * lanes : (actor + 1) * lanes]
-            ahead.append(own[0].permitted - min(reader.taken for reader in own))
+            permitted = min(reader.permitted for reader in own)
+            ahead.append(permitted - min(reader.taken for reader in own))
         budget = self.store.insert_limit() - self.env_steps - sum(ahead) * lanes * unroll
-        while budget >= lanes * unroll and min(ahead) <= slots:
+        most = min(slots + 1, self.store.limiter.rounds_ahead)
+        while budget >= lanes * unroll and min(ahead) < most:
             actor = int(np.argmin(ahead))
             self._permit(actor, 1)
             ahead[actor] += 1
@@ -275,8 +300,10 @@ class Learner:
 
     def _permit(self, actor: int, rounds: int) -> None:
         lanes = self.actors.lanes_per_actor
-        for reader in self.readers[actor * lanes : (actor + 1) * lanes]:
-            reader.permit(reader.permitted + rounds)
+        own = self.readers[actor * lanes : (actor + 1) * lanes]
+        upto = min(reader.permitted for reader in own) + rounds
+        for reader in own:
+            reader.permit(upto)
         self.ring_actor(actor)
 
     # -- schedules -------------------------------------------------------------------------------
@@ -339,6 +366,7 @@ class Learner:
         """The last row of metrics and, where no turn must be kept, the last checkpoint."""
         self.write_metrics()
         if not self.turn_based or self.done():
+            self.epoch += self.turn_based  # a longer run will make its environments anew here
             self.save(final=True)
         self.segments.close()
 
@@ -366,16 +394,11 @@ class Learner:
                 "logs": self.log.positions(),
             }
             try:
-                segments = []
-                if self.config.save_replay:
-                    self.segments.forget_all_but(len(self.store.unrolls))
-                    segments = self.segments.flush()
+                segments = self._flush_segments()
                 path = self.checkpoints.save(self.env_steps, tensors, counters, segments)
                 self.segments.delete_unlisted(self.checkpoints.listed_segments())
             except CheckpointError as error:
                 self.events.event("checkpoint", f"not saved: {error}", env_steps=self.env_steps)
-                if self.segments.broken:
-                    self.segments.restart()
                 if final:
                     raise
             else:
@@ -386,6 +409,18 @@ class Learner:
                 )  # fmt: skip
         self.last_checkpoint = time.monotonic()
         self.last_checkpoint_steps = self.env_steps
+
+    def _flush_segments(self) -> list[dict]:
+        """The replay's segments for a manifest; where there is no room the rest is saved alone."""
+        if not self.config.save_replay:
+            return []
+        self.segments.forget_all_but(len(self.store.unrolls))
+        try:
+            return self.segments.flush()
+        except CheckpointError as error:
+            self.events.event("checkpoint", f"replay not saved: {error}")
+            self.segments.restart()
+            return []
 
     def elapsed_seconds(self) -> float:
         return self.elapsed_before + time.monotonic() - self.started
@@ -440,32 +475,3 @@ class Learner:
         with self.shares.time("log"):
             self.log.write(row)
         self.last_log = time.monotonic()
-
-
-def flatten(tree: dict, prefix: str = "") -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Split nested dicts into {path: array} and {path: number}; paths are joined by '|'."""
-    arrays: dict[str, np.ndarray] = {}
-    numbers: dict[str, float] = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, dict):
-            inner_arrays, inner_numbers = flatten(value, path + "|")
-            arrays |= inner_arrays
-            numbers |= inner_numbers
-        elif isinstance(value, Tensor):
-            arrays[path] = value.detach().cpu().contiguous().numpy()
-        else:
-            numbers[path] = value
-    return arrays, numbers
-
-
-def unflatten(leaves: dict) -> dict:
-    """The inverse of `flatten`: arrays become tensors again."""
-    tree: dict = {}
-    for path, value in leaves.items():
-        *parents, key = path.split("|")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[key] = torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
-    return tree

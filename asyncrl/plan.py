@@ -65,15 +65,19 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
     state = tree_map(lambda x: Field(tuple(x.shape[1:]), Field.of(x).dtype), model.initial_state(1))
     spec = Spec(actor.unroll_length, actor.envs_per_lane, observation_space, action_space, state)
     device = config.learner.resolved_device()
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "expected a CUDA device for learner.device='cuda', got none on this machine; "
-            "use --learner.device auto"
-        )
+    replay_device = config.algorithm.replay.device
+    for name in (str(device), actor.device, *({replay_device} - {"auto"})):
+        try:
+            torch.empty(1, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"expected a device that torch can use here, got {name!r}: {error}; use cpu or auto"
+            ) from None
     weights = weights_fields(model.state_dict(), CONTEXT_FIELDS)
     store = config.algorithm.store_nbytes(model, spec, actor.num_lanes)
     mixture = as_mixture(config.policy)
     num_processes = 1 if config.schedule == "serial" else 1 + actor.num_actors
+    num_processes += config.evaluation.period_steps > 0
     memory = [
         [f"{actor.num_lanes} lanes of {actor.slots_per_lane} unrolls",
          actor.num_lanes * Ring.nbytes(spec, actor.slots_per_lane)],
@@ -81,7 +85,7 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
         [f"{num_processes} processes of about 300 MB", num_processes * 300_000_000],
         ["supervisor", 80_000_000],
     ]  # fmt: skip
-    if device.type == "cpu":
+    if "cpu" in (device.type, replay_device):
         memory.insert(0, ["replay", store])
     rows = min(getattr(config.algorithm.replay, "capacity", 0), config.total_env_steps)
     unrolls = rows / (spec.unroll_length * spec.num_envs)

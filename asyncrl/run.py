@@ -106,6 +106,7 @@ class Process:
             ring_actor=lambda actor: links.actor_bells[actor].ring(),
             turn_based=config.schedule != "async",
             read_status=links.status.metrics,
+            beat=lambda: links.status.beat(Status.LEARNER_BEAT),
         )
 
 
@@ -137,7 +138,7 @@ def run_learner(process: Process, index: int, generation: int) -> None:
 
     config, links = process.config.learner, process.connections
     turn_based = process.config.schedule != "async"
-    torch.set_num_threads(config.num_threads or (1 if turn_based else os.cpu_count() or 1))
+    torch.set_num_threads(config.num_threads or (1 if turn_based else len(os.sched_getaffinity(0))))
     torch.set_flush_denormal(True)
     learner = process.make_learner()
     status = links.status
@@ -164,6 +165,7 @@ def run_serial(process: Process, index: int, generation: int) -> None:
 
     links, config = process.connections, process.config
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
     learner = process.make_learner()
     actors = [process.make_actor(actor, 0) for actor in range(config.actor.num_actors)]
     status = links.status
@@ -236,10 +238,10 @@ def run_evaluator(process: Process, index: int, generation: int) -> None:
         events.event("evaluated", f"mean return {summary['eval/return']:.2f} over "
                      f"{len(games)} games", env_steps=env_steps)  # fmt: skip
         if summary["eval/return"] > best_return:
-            best_return = summary["eval/return"]
             tensors = {name: np.array(array) for name, array in pulled["model"].items()}
             try:
                 checkpoints.save(env_steps, tensors, summary, best=True)
+                best_return = summary["eval/return"]
             except CheckpointError as error:
                 events.event("checkpoint", f"best not saved: {error}")
         next_at = (env_steps // config.period_steps + 1) * config.period_steps

@@ -60,7 +60,7 @@ def train(
     try:
         with RunFolder(folder) as run:
             plan = run.prepare(launch_file, options)
-            preflight(plan, runs)
+            preflight(plan, folder)
             run.begin(plan)
             supervisor = Supervisor(folder, plan)
             screen = display(folder, plan.total_env_steps)
@@ -136,7 +136,7 @@ class Supervisor:
         wake_read, wake_write = socket.socketpair()
         wake_write.setblocking(False)
         previous = {
-            number: signal.signal(number, lambda number, frame: self.signals.append(number))
+            number: signal.signal(number, self._hear)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         }
         previous_fd = signal.set_wakeup_fd(wake_write.fileno(), warn_on_full_buffer=False)
@@ -164,6 +164,11 @@ class Supervisor:
             refresh()
         self.events.event("end", f"run {self.folder.name} ended", status=self.exit_status)
         return self.exit_status
+
+    def _hear(self, number: int, frame: Any) -> None:
+        # A terminal that closes sends SIGHUP twice, by the shell and by the kernel: once is meant.
+        if number != signal.SIGHUP or not self.signals:
+            self.signals.append(number)
 
     def _sleep(self, wake: socket.socket) -> None:
         """Until a child ends, a signal comes, or a second has passed."""
@@ -195,7 +200,7 @@ class Supervisor:
         command = [sys.executable, "-m", "asyncrl.run", child.role, str(child.index),
                    str(self.folder), str(os.getpid()), str(child.generation),
                    json.dumps(self.fds)]  # fmt: skip
-        with open(self._log_of(child), "wb") as log:
+        with self._open_log(child) as log:
             child.process = subprocess.Popen(
                 command,
                 pass_fds=flat,
@@ -211,6 +216,15 @@ class Supervisor:
         self.events.event(
             verb, f"{child.name} {verb}", pid=child.process.pid, generation=child.generation
         )
+
+    def _open_log(self, child: Child):
+        """Where its output goes; nowhere, if there is no place for it."""
+        path = self._log_of(child)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return open(path, "wb")
+        except OSError:
+            return open(os.devnull, "wb")
 
     def _log_of(self, child: Child) -> Path:
         return self.folder / "logs" / f"{child.name.replace(' ', '_')}.log"
@@ -245,7 +259,9 @@ class Supervisor:
 
     def _report_death(self, child: Child, code: int) -> str:
         cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        text = self._log_of(child).read_text(errors="replace")[-6000:].strip()
+        text = ""
+        with contextlib.suppress(OSError):
+            text = self._log_of(child).read_text(errors="replace")[-6000:].strip()
         self.events.event("death", f"{child.name} died: {cause}\n{text}".strip())
         return f"{child.name} died: {cause}\n{text}"
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from statistics import mean
 
 import gymnasium as gym
 import numpy as np
+import psutil
 import torch
 from measure import REPOSITORY, Report, arguments, like_a_run, wire
 from torch import nn
@@ -32,6 +32,7 @@ from asyncrl.transport.weights import WeightsBuffer, WeightsReader, WeightsWrite
 
 SHARES = {"env": Word.TIME_ENV, "net and policy": Word.TIME_INFERENCE, "writing": Word.TIME_WRITE,
           "waiting": Word.TIME_WAIT}  # fmt: skip
+CPU = "CPU us / env step"  # of all threads; unlike the rate, untouched by what else is running
 PROCESSES = multiprocessing.get_context("fork")
 
 
@@ -62,8 +63,9 @@ class ActorProcess:
         self.weights, self.model = WeightsBuffer(segment.buffer, fields), model
         self.config, self.rows_per_unroll = config, spec.unroll_length * spec.num_envs
         self.bell, self.actor_bell = Doorbell.create(), Doorbell.create()
-        PROCESSES.Process(target=self._act, daemon=True).start()
-        writer = WeightsWriter(self.weights)
+        child = PROCESSES.Process(target=self._act, daemon=True)
+        child.start()
+        self.process, writer = psutil.Process(child.pid), WeightsWriter(self.weights)
         for name, tensor in model.state_dict().items():
             np.copyto(writer.back()["model"][name], tensor.numpy())
         writer.publish()
@@ -83,24 +85,28 @@ class ActorProcess:
     def heads(self) -> int:
         return sum(ring.read(Word.HEAD) for ring in self.rings)
 
-    def measure(self, seconds: float) -> tuple[float, dict[str, float]]:
-        """(rows a second, the actor's time by share), and the actor asleep again."""
+    def measure(self, seconds: float) -> dict[str, float]:
+        """Rows a second and where the actor's time goes; then the actor sleeps again."""
         words = self.rings[0].words
         self._drain(permit=True)
         self._await_unrolls()  # the first ones wake it up
         rows, times = self.heads(), {name: int(words[word]) for name, word in SHARES.items()}
-        begun = last = time.monotonic()
+        begun, cpu = time.monotonic(), self.process.cpu_times()
+        last = begun
         while last - begun < seconds:
             self._drain(permit=True)
             self._await_unrolls()
             last, made = time.monotonic(), self.heads() - rows
-        spent = {name: (int(words[word]) - times[name]) / 1e9 / (last - begun)
-                 for name, word in SHARES.items()}  # fmt: skip
+        made, now = made * self.rows_per_unroll, self.process.cpu_times()
+        used = now.user + now.system - cpu.user - cpu.system
+        result = {"env steps/s": made / (last - begun), CPU: 1e6 * used / made}
+        for name, word in SHARES.items():
+            result[f"{name}, %"] = (int(words[word]) - times[name]) / 1e7 / (last - begun)
         while self.heads() < sum(reader.permitted for reader in self.readers):
             self._drain(permit=False)
             self.bell.wait(1)
         self._drain(permit=False)
-        return made * self.rows_per_unroll / (last - begun), spent
+        return result
 
     def _await_unrolls(self) -> None:
         if not self.bell.wait(60):
@@ -134,7 +140,7 @@ class AloneProcess:
             group.reset(seed=1)
         while True:
             seconds, rows = self.theirs.recv(), 0
-            begun = time.monotonic()
+            begun, cpu = time.monotonic(), time.process_time()
             for group in groups:
                 group.send(rng.integers(num_actions, size=self.num_envs))
             while time.monotonic() - begun < seconds:
@@ -145,10 +151,10 @@ class AloneProcess:
             for group in groups:
                 group.recv()
                 rows += self.num_envs
-            self.theirs.send(rows / (time.monotonic() - begun))
+            used, wall = time.process_time() - cpu, time.monotonic() - begun
+            self.theirs.send({"env steps/s": rows / wall, CPU: 1e6 * used / rows})
 
-    def measure(self, seconds: float) -> float:
-        """Rows a second."""
+    def measure(self, seconds: float) -> dict[str, float]:
         self.pipe.send(seconds)
         return self.pipe.recv()
 
@@ -170,25 +176,19 @@ def main() -> None:
         "actor, its net evaluated": ActorProcess(config, spec, model),
         "actor, no net": ActorProcess(config, spec, OnlyStack(model, int(spec.action_space.n))),
     }
-    systems = alone | acting
-    rates: dict[str, list[float]] = {name: [] for name in systems}
-    shares: dict[str, list[dict]] = {name: [] for name in acting}
-    for system in systems.values():
-        system.measure(min(3.0, options.seconds))  # the first steps are slow
-    for _ in range(options.repeats):
-        for name, system in systems.items():
-            result = system.measure(options.seconds)
-            if name in acting:
-                result, spent = result
-                shares[name].append(spent)
-            rates[name].append(result)
+    results: dict[str, list[dict]] = {name: [] for name in alone | acting}
+    for repeat in range(-1, options.repeats):  # the first time is for warming up
+        for name, system in (alone | acting).items():
+            result = system.measure(options.seconds if repeat >= 0 else min(3, options.seconds))
+            if repeat >= 0:
+                results[name].append(result)
+    rates = {name: [one["env steps/s"] for one in found] for name, found in results.items()}
     best = [max(pair) for pair in zip(*(rates[name] for name in alone), strict=True)]
-    ratios = {name: [a / b for a, b in zip(rates[name], best, strict=True)] for name in systems}
+    ratios = {name: [a / b for a, b in zip(rates[name], best, strict=True)] for name in rates}
     report.table([
-        {"Breakout, random actions": name, "env steps/s": rates[name], "/ alone": ratios[name],
-         **{f"{share}, % of time": 100 * mean(spent[share] for spent in shares.get(name, []))
-            for share in SHARES if name in acting}}
-        for name in systems
+        {"Breakout, random actions": name, "/ alone": ratios[name]}
+        | {column: [one[column] for one in found] for column in found[0]}
+        for name, found in results.items()
     ])  # fmt: skip
     for name in acting:
         report.goal(f"{name} / environments alone", ratios[name], at_least=0.9)

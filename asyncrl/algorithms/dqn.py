@@ -52,6 +52,17 @@ class DQNConfig:
                 "expected 0 <= gamma <= 1, 0 < polyak <= 1 and n_step >= 1, got "
                 f"{self.gamma}, {self.polyak} and {self.n_step}"
             )
+        if self.target_period < 1 or self.batch_size < 1:
+            raise ValueError(
+                "expected target_period >= 1 and batch_size >= 1, got "
+                f"{self.target_period} and {self.batch_size}"
+            )
+        rates = (value_at(self.learning_rate, 0), self.max_grad_norm, self.reward_clip)
+        if min(rates) < 0:
+            raise ValueError(
+                "expected learning_rate, max_grad_norm and reward_clip of at least 0, got "
+                f"{rates[0]}, {rates[1]} and {rates[2]}"
+            )
         if self.replay.learning_starts < self.batch_size:
             raise ValueError(
                 f"expected learning_starts of at least one batch of {self.batch_size}, got "
@@ -168,9 +179,12 @@ class DQN:
         loss.backward()
         metrics = {"loss/q": loss.detach(), "loss/td_error": td_error.abs().mean()}
         metrics["loss/q_mean"] = q.detach().mean()
-        if config.max_grad_norm:
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-            metrics["loss/grad_norm"] = norm
+        norm = nn.utils.clip_grad_norm_(
+            self.model.parameters(), config.max_grad_norm or float("inf")
+        )
+        # The fused optimizer leaves everything as it is where this is 1, without asking the device.
+        self.optimizer.found_inf = (~torch.isfinite(norm)).float()
+        metrics |= {"loss/grad_norm": norm, "loss/skipped": self.optimizer.found_inf}
         self.optimizer.step()
         self.updates += 1
         if self.updates % config.target_period == 0:
@@ -199,7 +213,8 @@ class DQN:
         self.model.load_state_dict(state["model"])
         self.target.load_state_dict(state["target"])
         groups = self.optimizer.state_dict()["param_groups"]
-        moments = {int(index): moment for index, moment in state["optimizer"].items()}
+        saved = state.get("optimizer", {})  # nothing before the first update
+        moments = {int(index): moment for index, moment in saved.items()}
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.updates = state["updates"]
 

@@ -67,7 +67,7 @@ class Network(nn.Module):
         if not self.is_tree:
             obs, state = self.stack(obs, first, state)
         merged = tree_map(lambda leaf: leaf.flatten(0, 1), obs)
-        outputs = self.head(self.encoder(merged))
-        return {
-            name: output.float().unflatten(0, (T, B)) for name, output in outputs.items()
-        }, state
+        features = self.encoder(merged)
+        with torch.autocast(first.device.type, enabled=False):  # values need more than 8 bits
+            outputs = self.head(features.float())
+        return {name: output.unflatten(0, (T, B)) for name, output in outputs.items()}, state

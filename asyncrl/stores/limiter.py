@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import floor
+from math import ceil, floor
 
 
 class RateLimiter:
@@ -26,7 +26,7 @@ class RateLimiter:
                 "expected samples_per_insert > 0, batch_size >= 1 and learning_starts >= 0, got "
                 f"{samples_per_insert}, {batch_size} and {learning_starts}"
             )
-        least = floor(round_env_steps + batch_size / samples_per_insert)
+        least = ceil(round_env_steps + batch_size / samples_per_insert)
         if tolerance == 0:
             tolerance = 2 * least
         if tolerance < least:
@@ -40,6 +40,9 @@ class RateLimiter:
         self.batch_size = batch_size
         self.learning_starts = learning_starts
         self.tolerance = tolerance
+        # Unrolls of each lane that may be begun and not yet inserted. Actors that hold more would,
+        # if they died, hold back all others.
+        self.rounds_ahead = floor((tolerance - batch_size / samples_per_insert) / round_env_steps)
         self.starts_at = float(learning_starts)  # env steps at which the ratio begins to count
         self.inserted = 0  # env steps
         self.sampled = 0  # transitions

@@ -82,7 +82,7 @@ class Replay:
     ):
         self.spec, self.num_lanes, self.capacity = spec, num_lanes, capacity
         self.batch_size, self.frame_stack, self.n_step = batch_size, frame_stack, n_step
-        self.limiter = limiter
+        self.limiter, self.seed = limiter, seed
         self.device = torch.device(device)
         self.nbytes(spec, num_lanes, capacity)  # refuses what cannot be
         self.rows = self.rows_per_lane(spec, num_lanes, capacity, frame_stack, n_step)
@@ -92,11 +92,9 @@ class Replay:
 
         def column(field: Field) -> Tensor:
             shape = (num_lanes * self.rows, spec.num_envs, *field.shape)
-            if self.device.type == "cpu" and not torch.cuda.is_available():
+            if self.device.type == "cpu":
                 return torch.from_numpy(np.zeros(shape, field.dtype))  # pages come when written
-            pinned = self.device.type == "cpu"
-            dtype = getattr(torch, field.dtype)
-            return torch.zeros(shape, dtype=dtype, device=self.device, pin_memory=pinned)
+            return torch.zeros(shape, dtype=getattr(torch, field.dtype), device=self.device)
 
         flag = Field((), "bool")
         self.obs = tree_map(column, spec.obs)
@@ -257,7 +255,7 @@ class Replay:
         row = torch.as_tensor(oldest, device=self.device)[lane] + within // B
         env = within % B
         good = self.drawable[self._flat(lane, row), env]
-        chosen = torch.argsort(~good, stable=True)[:N]
+        chosen = torch.argsort((~good).to(torch.uint8), stable=True)[:N]
         return lane[chosen], row[chosen], env[chosen], good[chosen].float()
 
     def _gather(self, lane: Tensor, row: Tensor, env: Tensor, weight: Tensor) -> Sample:
@@ -371,6 +369,10 @@ class Replay:
         limiter = self.limiter
         limiter.inserted, limiter.sampled = state["inserted"], state["sampled"]
         limiter.starts_at = state["starts_at"]
-        self.generator.set_state(state["generator"])
+        generator = state["generator"]
+        if generator.numel() == self.generator.get_state().numel():
+            self.generator.set_state(generator)
+        else:  # saved on another kind of device
+            self.generator.manual_seed(self.seed + limiter.inserted)
         if not self.unrolls:
             limiter.refill()

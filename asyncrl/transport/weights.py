@@ -68,9 +68,11 @@ class WeightsReader:
         """The newest weights as a tree of numpy views, or None if there are no newer ones.
 
         After `attempts` torn copies it gives up: whoever asked keeps what was loaded before and
-        asks again at the next unroll. The views are good until the next call.
+        asks again at the next unroll; who has nothing yet goes on trying. The views are good until
+        the next call.
         """
-        for _ in range(attempts):
+        while attempts > 0 or self.version == 0:
+            attempts -= 1
             version = int(self.buffer.version[0])
             if version == self.version:
                 return None

@@ -1,0 +1,36 @@
+"""Nested state dicts, as algorithms and stores give them, and the flat form that is saved."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def flatten(tree: dict, prefix: str = "") -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Split nested dicts into {path: array} and {path: number}; paths are joined by '|'."""
+    arrays: dict[str, np.ndarray] = {}
+    numbers: dict[str, float] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict):
+            inner_arrays, inner_numbers = flatten(value, path + "|")
+            arrays |= inner_arrays
+            numbers |= inner_numbers
+        elif isinstance(value, Tensor):
+            arrays[path] = value.detach().cpu().contiguous().numpy()
+        else:
+            numbers[path] = value
+    return arrays, numbers
+
+
+def unflatten(leaves: dict) -> dict:
+    """The inverse of `flatten`: arrays become tensors again."""
+    tree: dict = {}
+    for path, value in leaves.items():
+        *parents, key = path.split("|")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[key] = torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
+    return tree
