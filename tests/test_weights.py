@@ -108,11 +108,15 @@ def test_three_torn_copies_are_refused_and_the_next_pull_succeeds():
     buffer.raw = raw = Overtaken(buffer.raw)
     raw.writer = writer
     publish(writer)
+    assert is_all(reader.pull(), 1)
     raw.times = 3
+    publish(writer)
     assert reader.pull() is None and raw.times == 0
-    assert reader.version == 0 and writer.version == 7
+    assert reader.version == 1 and writer.version == 8
     raw.times = 2  # the third copy is whole
-    assert is_all(reader.pull(), 11) and reader.version == 11
+    assert is_all(reader.pull(), 12) and reader.version == 12
     publish(writer)
     raw.times = 1
-    assert reader.pull(attempts=1) is None and reader.version == 11
+    assert reader.pull(attempts=1) is None and reader.version == 12
+    raw.times = 5  # who has no weights yet cannot do without
+    assert is_all(WeightsReader(buffer).pull(), writer.version)
