@@ -365,7 +365,7 @@ class Replay:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Call it when the unrolls are in; without them, `learning_starts` are collected first."""
+        """Call it when the unrolls are in; if most are lost, `learning_starts` come in first."""
         limiter = self.limiter
         limiter.inserted, limiter.sampled = state["inserted"], state["sampled"]
         limiter.starts_at = state["starts_at"]
@@ -374,5 +374,6 @@ class Replay:
             self.generator.set_state(generator)
         else:  # saved on another kind of device
             self.generator.manual_seed(self.seed + limiter.inserted)
-        if not self.unrolls:
+        held = limiter.inserted - (self.unrolls[0][2] if self.unrolls else limiter.inserted)
+        if held < min(limiter.inserted, limiter.learning_starts, self.capacity // 2):
             limiter.refill()
