@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "asyncrl"
 
 LAYERS = [
-    {"types", "disk", "describe"},
+    {"types", "disk", "describe", "state"},
     {
         "env_config",
         "env_group",
