@@ -3,10 +3,10 @@
     python benchmarks/learning.py --launch launch/cartpole_dqn.py --seeds 0 1 2
     python benchmarks/learning.py --launch launch/pong_dqn.py --profile home --jobs 2
 
-Options it does not know are those of the launch file. A seed's result is the mean return of the
-newest checkpoint over --episodes games; all together are reported as their interquartile mean with
-a bootstrap interval over seeds. Runs, curves.png and results.json lie in --output; the same command
-again resumes what was interrupted.
+Options it does not know are those of the launch file. A seed's result is the mean return of its
+newest checkpoint (or its best) over --episodes games; all together are reported as their
+interquartile mean with a bootstrap interval over seeds. Runs, curves.png and results.json lie in
+--output; the same command again resumes what was interrupted.
 """
 
 from __future__ import annotations
@@ -81,6 +81,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--episodes", type=int, default=100, help="games that judge a seed")
+    parser.add_argument("--epsilon", type=float, default=0.01, help="random actions in them")
+    parser.add_argument("--checkpoint", choices=["newest", "best"], default="newest",
+                        help="best: by the run's own evaluations, on other games")  # fmt: skip
     parser.add_argument("--name", help="of the runs (default: the launch file's)")
     parser.add_argument("--goal", type=float, help="mean return to reach")
     parser.add_argument("--output", type=Path, help="a folder (default: runs/benchmarks/NAME)")
@@ -98,7 +101,8 @@ def main() -> None:
     rows = []
     for seed, program in programs.items():
         run = f"{options.name}_{seed}"
-        told = asyncrl(runs, "eval", run, "--episodes", options.episodes)
+        told = asyncrl(runs, "eval", run, "--episodes", options.episodes,
+                       "--checkpoint", options.checkpoint, "--epsilon", options.epsilon)  # fmt: skip
         found = re.search(r"mean return\s+(-?[\d.]+)", told)
         if not found:
             raise RuntimeError(f"expected asyncrl eval to print 'mean return', got:\n{told}")
@@ -106,6 +110,7 @@ def main() -> None:
         rows.append({
             f"{options.name}, seed": str(seed),
             f"mean return of {options.episodes} games": float(found[1]),
+            "checkpoint": options.checkpoint,
             "last 100 training episodes": last.get("episode/return", float("nan")),
             "env steps": last["env_steps"], "updates": last["updates"],
             "minutes": last["elapsed_seconds"] / 60,
