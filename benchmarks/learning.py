@@ -101,8 +101,8 @@ def main() -> None:
     rows = []
     for seed, program in programs.items():
         run = f"{options.name}_{seed}"
-        told = asyncrl(runs, "eval", run, "--episodes", options.episodes,
-                       "--checkpoint", options.checkpoint, "--epsilon", options.epsilon)  # fmt: skip
+        how = ["--checkpoint", options.checkpoint, "--epsilon", options.epsilon]
+        told = asyncrl(runs, "eval", run, "--episodes", options.episodes, *how)
         found = re.search(r"mean return\s+(-?[\d.]+)", told)
         if not found:
             raise RuntimeError(f"expected asyncrl eval to print 'mean return', got:\n{told}")
