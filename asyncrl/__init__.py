@@ -11,8 +11,8 @@ One transition and one weight update go round like this, a file a station:
     types.py       the unroll: every field that crosses, described once
     transport/     ring.py and weights.py on any memory; shared_memory.py of Linux
     learner.py     drain -> store -> update -> publish; the one throttle; what is saved
-    stores/        replay.py: rows, seams, draws; limiter.py: who waits for whom
-    algorithms/    dqn.py: config, loss and update on a page; returns.py
+    stores/        replay.py: rows, seams, draws; rollout.py: a queue; limiter.py: who waits
+    algorithms/    dqn.py, a2c.py, ppo.py: config, loss and update on a page; returns.py
     run.py         how these are wired in each process; supervisor.py keeps them alive
 
 A launch file needs the names below; they are imported when first asked for, so that a process which
@@ -29,15 +29,18 @@ _HOME = {
         "EpsilonGreedy",
         "EpsilonLadder",
         "Greedy",
-        "Linear",
         "Mixture",
         "Part",
-        "Piecewise",
         "Random",
+        "Sample",
         "Softmax",
     ),
+    "schedules": ("Linear", "Piecewise"),
     "algorithms.dqn": ("DQNConfig",),
+    "algorithms.a2c": ("A2CConfig",),
+    "algorithms.ppo": ("PPOConfig",),
     "stores.replay": ("ReplayConfig",),
+    "stores.rollout": ("RolloutConfig",),
     "actor": ("ActorConfig",),
     "learner": ("LearnerConfig",),
     "evaluate": ("EvaluationConfig",),

@@ -24,7 +24,6 @@ from asyncrl.env_config import EnvConfig
 from asyncrl.evaluate import EvaluationConfig
 from asyncrl.learner import LearnerConfig
 from asyncrl.models import ModelConfig
-from asyncrl.policies import EpsilonGreedy
 
 
 class ConfigError(Exception):
@@ -37,7 +36,8 @@ class Config:
 
     env: EnvConfig
     model: Any = field(default_factory=ModelConfig)
-    policy: Any = field(default_factory=EpsilonGreedy)
+    policy: Any = None
+    """How actors act (None: as the algorithm suggests)."""
     algorithm: Any = field(default_factory=DQNConfig)
     actor: ActorConfig = field(default_factory=ActorConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
@@ -113,7 +113,21 @@ def resolve(path: Path, options: Sequence[str], original: Path | None = None) ->
     config = apply_options(
         choose_profile(module, profile), options, f"asyncrl train {(original or path).name} RUN_ID"
     )
-    return dataclasses.replace(config, env=config.env.resolved())
+    return complete(config)
+
+
+def complete(config: Config) -> Config:
+    """`config` with everything decided that was left to the parts."""
+    model, algorithm = config.model, config.algorithm
+    if isinstance(model, ModelConfig) and model.head == "auto":
+        model = dataclasses.replace(model, head=algorithm.head)
+    policy = algorithm.policy() if config.policy is None else config.policy
+    learner = config.learner
+    if learner.publish_period == 0:
+        learner = dataclasses.replace(learner, publish_period=algorithm.publish_period)
+    return dataclasses.replace(
+        config, env=config.env.resolved(), model=model, policy=policy, learner=learner
+    )
 
 
 def main(launch_file: str) -> None:

@@ -39,8 +39,9 @@ class EnvConfig:
     id: Annotated[str | Callable[..., VectorEnv], tyro.conf.arg(constructor=str)] = (
         "ALE/Breakout-v5"
     )
-    """A Gymnasium id ("ALE/Breakout-v5", "CartPole-v1", "module:Name-v0"), an import string
-    ("module:callable"), or any callable(num_envs, **kwargs) that returns a VectorEnv."""
+    """A Gymnasium id ("ALE/Breakout-v5", "CartPole-v1", "module:Name-v0"; "asyncrl/..." are the
+    package's own examples), an import string ("module:callable"), or any callable(num_envs,
+    **kwargs) that returns a VectorEnv."""
 
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments for the environment or the callable."""

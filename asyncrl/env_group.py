@@ -18,6 +18,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
+from asyncrl.env_actions import Actions, environments_with
 from asyncrl.env_config import EnvConfig
 
 
@@ -79,7 +80,8 @@ class EnvGroup:
             space = spaces.Box(space.low[0], space.high[0], dtype=space.dtype)
         _check_observation_space(space, config)
         self.observation_space: spaces.Space = space
-        self.action_space, self._action_start = _actions_from_zero(env.single_action_space, config)
+        self._actions = Actions(env.single_action_space, config.id)
+        self.action_space = self._actions.space
 
     def reset(self, seed: int) -> Any:
         """Start every game anew: obs[0], whose `first` is True everywhere."""
@@ -93,17 +95,11 @@ class EnvGroup:
         return self._observation(obs)
 
     def send(self, action: np.ndarray) -> None:
-        """Start a step with actions (B, *action)."""
-        space, action = self.action_space, np.asarray(action)
-        expected = (self.num_envs, *space.shape)
+        """Start a step with actions (B, *action); ValueError for some that the space rules out."""
+        action, expected = np.asarray(action), (self.num_envs, *self.action_space.shape)
         if action.shape != expected:
             raise ValueError(f"actions: expected shape {expected}, got {action.shape}")
-        # ALE never answers an action out of range: the thread that meets it drops the row.
-        in_range = not isinstance(space, spaces.Discrete) or ((action >= 0) & (action < space.n))
-        if not np.all(in_range):
-            raise ValueError(f"actions: expected 0 to {space.n - 1}, got {action.tolist()}")
-        action = action.astype(space.dtype, casting="same_kind", copy=False)
-        self._action = action if self._action_start is None else action + self._action_start
+        self._action = self._actions.for_env(action)
         if self._sends:
             self._env.send(self._action)
         elif self._is_async:
@@ -206,10 +202,11 @@ class EnvGroup:
         return EnvDied(f"{self._config.id}: the process of environment {who} died")
 
     def _check(self, reward: np.ndarray, no_reset: np.ndarray, info: dict) -> None:
-        if not np.isfinite(reward).all():
+        if not (finite := np.isfinite(reward)).all():
+            envs = environments_with(~finite)
             raise EnvDataError(
-                f"{self._config.id}: expected finite rewards, got {reward.tolist()} for actions "
-                f"{self._action.tolist()}"
+                f"{self._config.id}: expected finite rewards, got {reward[envs].tolist()} of "
+                f"environments {envs.tolist()} for actions {self._action[envs].tolist()}"
             )
         if "final_obs" in info or no_reset.any():
             raise EnvDataError(
@@ -232,9 +229,11 @@ class EnvGroup:
                 f"{self._config.id}: {name}: expected {space.dtype} of shape {expected} as its "
                 f"observation space says, got {getattr(obs, 'dtype', type(obs))} of shape {shape}"
             )
-        if obs.dtype.kind == "f" and not np.isfinite(obs).all():
+        if obs.dtype.kind == "f" and not (finite := np.isfinite(obs)).all():
             raise EnvDataError(
-                f"{self._config.id}: {name}: expected finite numbers, got NaN or inf"
+                f"{self._config.id}: {name}: expected finite numbers, got "
+                f"{np.unique(obs[~finite]).tolist()} from environments "
+                f"{environments_with(~finite).tolist()}"
             )
         return obs.copy() if self._copies else obs
 
@@ -281,20 +280,6 @@ def _check_observation_space(space: spaces.Space, config: EnvConfig, name: str =
             f"{config.id}: {name}: expected Box, Discrete, MultiDiscrete, MultiBinary, or Dict or "
             f"Tuple of them, got {space}; wrap the environment to show one of these"
         )
-
-
-def _actions_from_zero(space: spaces.Space, config: EnvConfig) -> tuple[spaces.Space, Any]:
-    """The action space as policies see it, discrete actions from 0 on, and where they do start."""
-    start = getattr(space, "start", 0)
-    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
-        count = space.n if isinstance(space, spaces.Discrete) else space.nvec
-        return type(space)(count), start if np.any(start) else None
-    if isinstance(space, spaces.Box) and space.dtype.kind in "iuf":
-        return space, None
-    raise ValueError(
-        f"{config.id}: expected an action space Discrete, MultiDiscrete or Box, got {space}; "
-        "wrap the environment to take one of these"
-    )
 
 
 def close_env(env: Any) -> None:

@@ -83,9 +83,13 @@ def _find_id(name: str) -> None:
         except ImportError as error:
             raise ValueError(f"env.id: {name!r} needs pip install 'asyncrl[atari]'") from error
         gym.register_envs(ale_py)
+    if known_as.startswith("asyncrl/"):
+        import asyncrl.example_envs as example_envs
+
+        gym.register_envs(example_envs)
     try:
         gym.spec(known_as)
-    except gym.error.UnregisteredEnv as error:
+    except gym.error.Error as error:  # unregistered, malformed, or without its version
         near = difflib.get_close_matches(known_as, gym.registry, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else "."
         raise ValueError(

@@ -23,7 +23,7 @@ from asyncrl.disk import CheckpointError
 from asyncrl.env_config import EnvConfig
 from asyncrl.env_group import EnvGroup
 from asyncrl.envs import seed_for
-from asyncrl.policies import Context, EpsilonGreedy, unroll_rng
+from asyncrl.policies import Context, EpsilonGreedy, Greedy, unroll_rng
 from asyncrl.types import tree_map
 
 EVALUATION_LANE = 1_000_000  # seeds and random numbers that no acting lane uses
@@ -39,7 +39,8 @@ class EvaluationConfig:
     num_envs: int = 5
     """Played side by side; each plays the same number of games, so that short ones do not win."""
     epsilon: float = 0.01
-    """Random actions among the greedy ones; a little keeps a game from looping without end."""
+    """Random actions among the greedy ones; a little keeps a game from looping without end. Box
+    actions are always greedy, the middle of the policy's distribution."""
 
     def __post_init__(self):
         if self.period_steps < 0 or self.num_episodes < 1 or self.num_envs < 1:
@@ -47,6 +48,8 @@ class EvaluationConfig:
                 "expected evaluation.period_steps >= 0, num_episodes >= 1 and num_envs >= 1, got "
                 f"{self.period_steps}, {self.num_episodes} and {self.num_envs}"
             )
+        if not 0 <= self.epsilon <= 1:
+            raise ValueError(f"expected evaluation.epsilon from 0 to 1, got {self.epsilon}")
 
 
 class Game(NamedTuple):
@@ -73,13 +76,14 @@ def play_games(
 ) -> list[Game]:
     """Play `num_games` games (rounded up to a whole number an environment), in order of their end.
 
+    Actions are the best, or the likeliest, and random with probability `epsilon`: vectors of
+    discrete actions as a whole, Box actions never. Models keep their memory from step to step.
     `on_step(step, action)` is called after every step and may return True to give up early. The
     environments begin with `first_seed(seed)`.
     """
     B, device = envs.num_envs, next(model.parameters(), torch.empty(0)).device
     per_env = -(-num_games // B)
-    policy, context = EpsilonGreedy(epsilon), Context(0)
-    rng = unroll_rng(seed, EVALUATION_LANE, 0)
+    context, rng = Context(0), unroll_rng(seed, EVALUATION_LANE, 0)
     obs = envs.reset(first_seed(seed))
     first, state = np.ones(B, bool), tree_map(lambda x: x.to(device), model.initial_state(B))
     games: list[Game] = []
@@ -90,7 +94,8 @@ def play_games(
         with torch.inference_mode():
             rows = tree_map(lambda x: torch.from_numpy(x).unsqueeze(0).to(device), obs)
             outputs, state = model(rows, torch.from_numpy(first).unsqueeze(0).to(device), state)
-            outputs = {name: output[0].cpu().numpy() for name, output in outputs.items()}
+            outputs = {name: output[0].float().cpu().numpy() for name, output in outputs.items()}
+        policy = Greedy() if "mean" in outputs else EpsilonGreedy(epsilon)
         action, _, _ = policy(outputs, (), first, None, context, rng)
         envs.send(action)
         step = envs.recv()

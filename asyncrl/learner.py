@@ -45,11 +45,11 @@ class LearnerConfig:
     device: str = "auto"
     """"auto": the GPU where there is one."""
     num_threads: int = 0
-    """Torch threads for learning (0: one a core)."""
+    """Torch threads for learning (0: one a core, or a single one for a small model)."""
     sync_period: int = 1
     """Updates between two syncs of the ring into the store."""
-    publish_period: int = 8
-    """Updates between two publications of the weights."""
+    publish_period: int = 0
+    """Updates between two publications of the weights (0: as the algorithm suggests)."""
     log_seconds: float = 5.0
     """Between two rows of metrics."""
     checkpoint_seconds: float = 300.0
@@ -62,11 +62,12 @@ class LearnerConfig:
     tensorboard: bool = True
 
     def __post_init__(self):
-        for name in ("sync_period", "publish_period", "checkpoint_steps", "keep_checkpoints"):
+        for name in ("sync_period", "checkpoint_steps", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected learner.{name} >= 1, got {getattr(self, name)}")
-        if self.num_threads < 0:
-            raise ValueError(f"expected learner.num_threads >= 0, got {self.num_threads}")
+        for name in ("num_threads", "publish_period"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"expected learner.{name} >= 0, got {getattr(self, name)}")
 
     def resolved_device(self) -> torch.device:
         if self.device != "auto":
@@ -99,6 +100,7 @@ class Learner:
         self.algorithm, self.model = algorithm, model
         self.store = algorithm.store(spec, len(rings), seed)
         self.origin = self.store.position()
+        self.streams = config.save_replay and self.store.streams  # unrolls into segment files
         self.rings = rings
         self.readers = [UnrollReader(ring) for ring in rings]
         self.weights = weights
@@ -132,7 +134,7 @@ class Learner:
         record_nbytes = self.spec.layout.nbytes
         self.checkpoints.clean()
         resumed = self._resume(record_nbytes) if resume else None
-        segments = resumed.segments if resumed and self.config.save_replay else []
+        segments = resumed.segments if resumed and self.streams else []
         self.segments = SegmentWriter(self.replay_folder, record_nbytes, resume=segments)
         self.segments.delete_unlisted(self.checkpoints.listed_segments())
         positions = resumed.state["logs"] if resumed else {"metrics.jsonl": 0, "episodes.csv": 0}
@@ -177,7 +179,7 @@ class Learner:
     def _load(self, loaded: Loaded, record_nbytes: int) -> None:
         state = unflatten(dict(loaded.tensors) | loaded.state["numbers"])
         self.store.restart_at(self.origin)  # whatever an unusable checkpoint may have left in it
-        if loaded.segments and self.config.save_replay:
+        if loaded.segments and self.streams:
             records = read_segments(self.replay_folder, loaded.segments, record_nbytes)
             for index, (record, base, _) in enumerate(records):
                 self.beat()
@@ -236,7 +238,7 @@ class Learner:
         return count
 
     def _take(self, lane: int, unroll: Unroll, raw: np.ndarray) -> None:
-        if self.config.save_replay:
+        if self.streams:
             self.segments.append(raw, self.store.position())
         self.store.insert(lane, unroll)
         header = unroll.header
@@ -263,11 +265,13 @@ class Learner:
 
     def learn(self, most: int) -> int:
         """Up to `most` updates, as far as the rate limit allows; returns how many were made."""
+        self.store.expire(self.weights.version)
         count = min(most, self.store.updates_allowed())
         for _ in range(count):
             with self.shares.time("update"):
                 self.metrics = self.algorithm.update(self.store)
-            if not self.turn_based and self.updates % self.config.publish_period == 0:
+            due = self.updates - self.published_updates >= self.config.publish_period
+            if due and not self.turn_based:
                 self.publish()
         return count
 
@@ -280,6 +284,7 @@ class Learner:
             back["context"]["env_steps"][...] = self.env_steps
             back["context"]["epoch"][...] = self.epoch
             self.weights.publish()
+        self.published_updates = self.updates
 
     def permit(self) -> None:
         """Move the throttle: let actors begin as many rounds as the store's rate limit covers."""
@@ -412,7 +417,7 @@ class Learner:
 
     def _flush_segments(self) -> list[dict]:
         """The replay's segments for a manifest; where there is no room the rest is saved alone."""
-        if not self.config.save_replay:
+        if not self.streams:
             return []
         self.segments.forget_all_but(len(self.store.unrolls))
         try:
@@ -460,7 +465,7 @@ class Learner:
             "rate/env_steps": self.rates["env_steps"].per_second_since_last(self.env_steps),
             "rate/updates": self.rates["updates"].per_second_since_last(self.updates),
             "ring/fill": float(np.mean(in_flight)) / self.actors.slots_per_lane,
-            "replay/fill": self.store.fill(),
+            **self.store.metrics(),
             "limiter/samples_per_insert": limiter.actual(),
             "limiter/target": limiter.samples_per_insert,
             "limiter/waiting": waiting,

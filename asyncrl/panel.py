@@ -237,7 +237,7 @@ class Panel:
 
         fills = [
             Text(f"{name} ") + meter(row[f"{name}/fill"], width // 5, "blue", f"{full:>6}")
-            for name in ("ring", "replay")
+            for name in ("ring", "replay", "rollout")
             if (full := percent(row.get(f"{name}/fill", math.nan))) != "nan %"
         ]
         if fills:

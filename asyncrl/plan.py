@@ -52,9 +52,9 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
     from asyncrl.config import resolve
     from asyncrl.describe import describe
     from asyncrl.envs import make_envs
+    from asyncrl.models.contract import state_fields
     from asyncrl.policies import as_mixture
     from asyncrl.transport.weights import weights_fields
-    from asyncrl.types import Field, tree_map
 
     config = resolve(launch_file, options, original)
     actor = config.actor
@@ -62,11 +62,11 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
     observation_space, action_space = envs.observation_space, envs.action_space
     envs.close()
     model = config.model(observation_space, action_space)
-    state = tree_map(lambda x: Field(tuple(x.shape[1:]), Field.of(x).dtype), model.initial_state(1))
+    state = state_fields(model, config.algorithm.head, observation_space, action_space)
     spec = Spec(actor.unroll_length, actor.envs_per_lane, observation_space, action_space, state)
     device = config.learner.resolved_device()
-    replay_device = config.algorithm.replay.device
-    for name in (str(device), actor.device, *({replay_device} - {"auto"})):
+    store_device = config.algorithm.store_device
+    for name in (str(device), actor.device, *({store_device} - {"auto"})):
         try:
             torch.empty(1, device=name)
         except (RuntimeError, AssertionError) as error:
@@ -85,9 +85,9 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
         [f"{num_processes} processes of about 300 MB", num_processes * 300_000_000],
         ["supervisor", 80_000_000],
     ]  # fmt: skip
-    if "cpu" in (device.type, replay_device):
-        memory.insert(0, ["replay", store])
-    rows = min(getattr(config.algorithm.replay, "capacity", 0), config.total_env_steps)
+    if "cpu" in (device.type, store_device):
+        memory.insert(0, [config.algorithm.store_name, store])
+    rows = min(config.algorithm.kept_env_steps, config.total_env_steps)
     unrolls = rows / (spec.unroll_length * spec.num_envs)
     return Plan(
         config=describe(config),

@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from asyncrl.sampling import epsilon_greedy, mode, preferences, sample, uniform_in_box
+from asyncrl.schedules import Linear, Piecewise, value_at
+
 
 class Context(NamedTuple):
     """What the learner publishes for policies, and where the acting lane stands."""
@@ -26,96 +29,44 @@ class Context(NamedTuple):
     num_lanes: int = 1
 
 
-# -- schedules ---------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class Linear:
-    """From `start` to `end` over the first `steps` env steps, `end` ever after."""
+class Sample:
+    """Actions drawn from the model's own distribution, as on-policy algorithms want them."""
 
-    start: float
-    end: float
-    steps: int
+    def initial_state(self, num_envs: int) -> Any:
+        return ()
 
-    def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"expected a schedule of at least 1 env step, got {self.steps}")
-
-    def at(self, env_steps: int) -> float:
-        done = min(max(env_steps / self.steps, 0.0), 1.0)
-        return self.start + done * (self.end - self.start)
-
-
-@dataclass(frozen=True)
-class Piecewise:
-    """`values[i]` from `boundaries[i - 1]` up to `boundaries[i]` env steps: one value more."""
-
-    boundaries: tuple[int, ...]
-    values: tuple[float, ...]
-
-    def __post_init__(self):
-        if len(self.values) != len(self.boundaries) + 1 or list(self.boundaries) != sorted(
-            self.boundaries
-        ):
+    def __call__(self, outputs, state, first, step, context, rng):
+        if "logits" not in outputs and "mean" not in outputs:
             raise ValueError(
-                "expected growing boundaries and one value more than boundaries, got "
-                f"boundaries={self.boundaries} and values={self.values}"
+                f"expected outputs 'logits' or 'mean', got {sorted(outputs)}: this model has no "
+                "distribution of its own; use EpsilonGreedy or Softmax with Q-values"
             )
-
-    def at(self, env_steps: int) -> float:
-        return self.values[int(np.searchsorted(self.boundaries, env_steps, side="right"))]
-
-
-Schedule = float | Linear | Piecewise
-
-
-def value_at(schedule: Schedule, env_steps: int) -> float:
-    """The value of a constant or a schedule after `env_steps`."""
-    return schedule.at(env_steps) if hasattr(schedule, "at") else float(schedule)
-
-
-# -- policies ----------------------------------------------------------------------------------
-
-
-def preferences(outputs: dict) -> np.ndarray:
-    """(B, A) numbers whose largest is the greedy action: Q-values, else logits."""
-    return outputs["q"] if "q" in outputs else outputs["logits"]
-
-
-def epsilon_greedy(
-    values: np.ndarray, epsilon: np.ndarray | float, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """(action, log_prob): random with probability epsilon, a number or (B,), else the best."""
-    B, A = values.shape
-    greedy = values.argmax(1)
-    explore = rng.random(B) < epsilon
-    action = np.where(explore, rng.integers(A, size=B), greedy)
-    probability = epsilon / A + (1 - epsilon) * (action == greedy)
-    with np.errstate(divide="ignore"):
-        return action, np.log(probability).astype(np.float32)
+        return *sample(outputs, rng), state
 
 
 @dataclass(frozen=True)
 class Random:
-    """Every action equally likely."""
+    """Every action equally likely; those of a Box uniformly within its bounds."""
 
     def initial_state(self, num_envs: int) -> Any:
         return ()
 
     def __call__(self, outputs, state, first, step, context, rng):
-        action, log_prob = epsilon_greedy(preferences(outputs), 1.0, rng)
-        return action, log_prob, state
+        if "mean" in outputs:
+            return *uniform_in_box(outputs, rng), state
+        return *epsilon_greedy(preferences(outputs), 1.0, rng), state
 
 
 @dataclass(frozen=True)
 class Greedy:
-    """The best action by Q-value or logit."""
+    """The best action by Q-value or logit; in a Box the middle of the distribution."""
 
     def initial_state(self, num_envs: int) -> Any:
         return ()
 
     def __call__(self, outputs, state, first, step, context, rng):
-        action = preferences(outputs).argmax(1)
+        action = mode(outputs)
         return action, np.zeros(len(action), np.float32), state
 
 
@@ -131,8 +82,7 @@ class EpsilonGreedy:
 
     def __call__(self, outputs, state, first, step, context, rng):
         epsilon = value_at(self.epsilon, context.env_steps)
-        action, log_prob = epsilon_greedy(preferences(outputs), epsilon, rng)
-        return action, log_prob, state
+        return *epsilon_greedy(preferences(outputs), epsilon, rng), state
 
 
 @dataclass(frozen=True)
@@ -153,8 +103,7 @@ class EpsilonLadder:
 
     def __call__(self, outputs, state, first, step, context, rng):
         values = preferences(outputs)
-        action, log_prob = epsilon_greedy(values, self.rungs(len(values), context), rng)
-        return action, log_prob, state
+        return *epsilon_greedy(values, self.rungs(len(values), context), rng), state
 
 
 @dataclass(frozen=True)
@@ -168,13 +117,8 @@ class Softmax:
         return ()
 
     def __call__(self, outputs, state, first, step, context, rng):
-        scaled = preferences(outputs) / value_at(self.temperature, context.env_steps)
-        scaled = scaled - scaled.max(1, keepdims=True)
-        log_probs = scaled - np.log(np.exp(scaled).sum(1, keepdims=True))
-        # Gumbel's trick: the arg max of log-probabilities plus this noise is a draw from them.
-        action = (log_probs + rng.gumbel(size=scaled.shape)).argmax(1)
-        log_prob = np.take_along_axis(log_probs, action[:, None], 1)[:, 0]
-        return action, log_prob.astype(np.float32), state
+        temperature = value_at(self.temperature, context.env_steps)
+        return *sample({"logits": preferences(outputs) / temperature}, rng), state
 
 
 class MixtureState(NamedTuple):

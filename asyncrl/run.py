@@ -138,9 +138,10 @@ def run_learner(process: Process, index: int, generation: int) -> None:
 
     config, links = process.config.learner, process.connections
     turn_based = process.config.schedule != "async"
-    torch.set_num_threads(config.num_threads or (1 if turn_based else len(os.sched_getaffinity(0))))
     torch.set_flush_denormal(True)
     learner = process.make_learner()
+    threads = 1 if turn_based else threads_for(learner.model)
+    torch.set_num_threads(config.num_threads or threads)
     status = links.status
 
     def idle() -> bool:
@@ -181,6 +182,12 @@ def run_serial(process: Process, index: int, generation: int) -> None:
     learner.finish()
     for actor in actors:
         actor.close()
+
+
+def threads_for(model) -> int:
+    """Torch threads that pay for learning a model: where layers are small, more only wait."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return len(os.sched_getaffinity(0)) if parameters >= 300_000 else 1
 
 
 def announce(learner, resumed: bool) -> None:

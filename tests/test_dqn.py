@@ -162,7 +162,8 @@ def test_the_learning_rate_follows_its_schedule_over_env_steps():
     for env_steps, rate in ((0, 0.2), (50, 0.1), (75, 0.05), (100, 0.0), (999, 0.0)):
         before = dqn.model.table.detach().clone()
         dqn.update(Store(make_sample([[1.0]]), env_steps))
-        assert [group["lr"] for group in dqn.optimizer.param_groups] == pytest.approx([rate])
+        groups = dqn.descend.optimizer.param_groups
+        assert [group["lr"] for group in groups] == pytest.approx([rate])
         assert torch.equal(dqn.model.table, before) == (rate == 0)
 
 

@@ -248,12 +248,118 @@ def test_equal_seeds_give_equal_streams(make, protocol):
 def test_atari_actions_out_of_range_are_refused(make):
     group = make(atari(), 2)  # ALE itself would wait for ever
     group.reset(0)
-    with pytest.raises(ValueError, match=r"expected 0 to 3, got \[0, 4\]"):
+    with pytest.raises(ValueError, match=r"expected 0 to 3, got \[4\] for environments \[1\]"):
         group.send(np.array([0, 4]))
     with pytest.raises(ValueError, match="expected shape"):
         group.send(np.array([0]))
     with pytest.raises(TypeError):
         group.send(np.array([0.5, 1.0]))
+
+
+# --- actions
+
+
+class Echo(gym.Env):
+    """Shows the action it was given last, which must lie in its action space as it is."""
+
+    def __init__(self, space):
+        self.action_space = space
+        size = int(np.prod(space.shape))
+        self.observation_space = spaces.Box(-np.inf, np.inf, (size,), np.float64)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(self.observation_space.shape), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), (action, type(action))
+        assert action.dtype == self.action_space.dtype
+        return np.ravel(action).astype(float), 0.0, False, False, {}
+
+
+gym.register("Echo-v0", entry_point=Echo)
+
+INT8 = np.array([[2, 3], [100, 5]], np.int8)
+ACTIONS = {  # own space, the policies' space, a policy's actions of 2 envs, what the envs get
+    "discrete": (
+        spaces.Discrete(3, start=-4, dtype=np.int32), spaces.Discrete(3), [0, 2], [[-4], [-2]],
+    ),
+    "multi-discrete": (
+        spaces.MultiDiscrete(INT8, np.int8, start=[[0, 1], [27, -9]]),
+        spaces.MultiDiscrete([2, 3, 100, 5]),
+        [[0, 0, 0, 0], [1, 2, 99, 4]],
+        [[0, 1, 27, -9], [1, 3, 126, -5]],
+    ),
+    "multi-binary": (
+        spaces.MultiBinary((2, 2)), spaces.MultiBinary(4),
+        [[0, 1, 1, 0], [1, 1, 0, 1]], [[0, 1, 1, 0], [1, 1, 0, 1]],
+    ),
+    "box": (
+        spaces.Box(np.float32([[-1], [0]]), np.float32([[1], [9]])), None,
+        [[[-1], [9]], [[0.25], [3]]], [[-1, 9], [0.25, 3]],
+    ),
+    # float32 knows no 0.1: a policy's action of full strength lies just outside.
+    "rounded": (
+        spaces.Box(-0.1, 0.1, (1,), np.float64), None,
+        np.float32([[-0.1], [0.1]]), [[-0.1], [0.1]],
+    ),
+    "half bounded": (
+        spaces.Box(np.float32([0, -np.inf]), np.float32([np.inf, 3])), None,
+        [[-7, -1e30], [1e30, 4]], [[0, -1e30], [1e30, 3]],
+    ),
+    "unbounded": (spaces.Box(-np.inf, np.inf, (1,)), None, [[-1e30], [1e-30]], [[-1e30], [1e-30]]),
+    "whole numbers": (spaces.Box(0, 9, (1,), np.uint8), None, np.uint8([[0], [9]]), [[0], [9]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize("kind", ACTIONS)
+def test_actions_reach_the_environments_in_their_own_space(make, vectorization, kind):
+    own, seen, actions, received = ACTIONS[kind]
+    config = EnvConfig(f"{__name__}:Echo-v0", {"space": own}, vectorization)
+    group = make(config, 2)
+    assert group.action_space == (seen or own)
+    group.reset(0)
+    actions = np.array(actions)
+    before = actions.copy()
+    (step,) = play(group, [actions])
+    # Exactly within float64 spaces; as float32 has it in those of float32.
+    expected = np.array(received).astype(own.dtype).astype(float)
+    assert step.obs.tolist() == expected.tolist()
+    assert np.array_equal(actions, before)  # what an unroll keeps is what the policy chose
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.parametrize(
+    ("kind", "actions", "words"),
+    [
+        ("discrete", [-1, 0], r"expected 0 to 2, got \[-1\] for environments \[0\]"),
+        ("multi-discrete", [[0, 3, 0, 0], [0, 2, 0, 0]], r"to \[1, 2, 99, 4\], got .* \[0\]"),
+        ("multi-discrete", [[0, 0, 0, 0], [0, 0, 0, -1]], r"got \[\[0, 0, 0, -1\]\] .* \[1\]"),
+        ("multi-discrete", [[[0, 0], [0, 0]]] * 2, r"shape \(2, 4\), got \(2, 2, 2\)"),
+        ("multi-binary", [[0, 1, 1, 0], [0, 2, 0, 0]], r"0 to 1, got \[\[0, 2, 0, 0\]\]"),
+        ("box", [[[0], [0]], [[0], [9.01]]], r"\[9.0\d*\]\]\] for environments \[1\]"),
+        ("box", [[[-1.1], [0]], [[0], [0]]], r"to \[\[1.0\], \[9.0\]\], got .* \[0\]"),
+        ("box", [[[0], [0]], [[np.nan], [0]]], r"finite numbers, got .*nan.* environments \[1\]"),
+        ("half bounded", [[np.inf, 0], [0, 0]], r"finite numbers, got .*inf.* \[0\]"),
+        ("unbounded", [[0], [1e300]], r"finite numbers, got .*inf.* \[1\]"),  # in float32
+        ("whole numbers", [[10], [0]], r"expected \[0\] to \[9\], got \[\[10\]\]"),
+    ],
+)
+def test_actions_that_the_space_rules_out_are_refused(make, kind, actions, words):
+    group = make(EnvConfig(f"{__name__}:Echo-v0", {"space": ACTIONS[kind][0]}), 2)
+    group.reset(0)
+    with pytest.raises(ValueError, match=words):
+        group.send(np.array(actions))
+
+
+def test_numbers_that_are_no_categories_are_refused(make):
+    for kind in ("discrete", "multi-binary", "multi-discrete"):
+        own, _, actions, _ = ACTIONS[kind]
+        group = make(EnvConfig(f"{__name__}:Echo-v0", {"space": own}), 2)
+        group.reset(0)
+        with pytest.raises(TypeError):
+            group.send(np.array(actions) * 0.5)
 
 
 # --- configuration
@@ -301,6 +407,7 @@ def test_seeds_differ_by_lane_and_generation():
         (atari(kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}), "NEXT_STEP, got"),
         (atari(kwargs={"batch_size": 1}), "in batches of 1"),
         (EnvConfig("CartPole-v1", max_idle_steps=-1), "0 or more"),
+        (EnvConfig("CartPole"), "no environment 'CartPole'; did you mean CartPole-v"),
     ],
 )
 def test_refusals(config, words):
@@ -380,6 +487,56 @@ def test_a_step_after_an_end_that_is_no_reset_is_refused(make):
 
 
 # --- failures
+
+
+class Astray(gym.Env):
+    """In its second step `what` it tells is not a finite number, if it is told to go astray."""
+
+    observation_space = spaces.Dict(
+        place=spaces.Box(-9, 9, (2,)), others=spaces.Tuple((spaces.Discrete(2), spaces.Box(-9, 9)))
+    )
+    action_space = spaces.MultiDiscrete([2, 2])
+
+    def __init__(self, what, value):
+        self.what, self.value = what, value
+
+    def reset(self, *, seed=None, options=None):
+        self.count = 0
+        return self.obs(), {}
+
+    def obs(self):
+        astray = self.what if self.count == 2 else ""
+        place = np.float32([0, self.value if astray == "place" else 0])
+        height = np.float32([self.value if astray == "height" else 0])
+        return {"place": place, "others": (np.int64(0), height)}
+
+    def step(self, action):
+        self.count += 1
+        reward = self.value if self.what == "reward" and self.count == 2 else 0.0
+        return self.obs(), reward, False, False, {}
+
+
+@pytest.mark.filterwarnings("ignore:.*reward is a", "ignore:overflow encountered")
+@pytest.mark.parametrize(
+    ("what", "value", "words"),
+    [
+        ("reward", np.inf, r"rewards, got \[inf\] of environments \[1\] for .* \[\[1, 0\]\]"),
+        ("reward", -1e300, r"finite rewards, got \[-inf\] of environments \[1\]"),  # in float32
+        ("place", np.nan, r"obs\['place'\]: .* got \[nan\] from environments \[1\]"),
+        ("height", -np.inf, r"obs\['others'\]\[1\]: .* got \[-inf\] from environments \[1\]"),
+    ],
+)
+def test_what_is_not_finite_is_refused_by_environment_and_field(make, what, value, words):
+    def three(num_envs):
+        kinds = ["", what, ""]
+        return SyncVectorEnv([lambda kind=kind: Astray(kind, value) for kind in kinds])
+
+    group = make(EnvConfig(three), 3)
+    group.reset(0)
+    actions = np.array([[0, 0], [1, 0], [0, 1]])
+    list(play(group, [actions]))
+    with pytest.raises(EnvDataError, match=words):
+        list(play(group, [actions]))
 
 
 @pytest.mark.filterwarnings("ignore:.*reward is a NaN")

@@ -22,6 +22,7 @@ from asyncrl.env_config import EnvConfig
 from asyncrl.env_group import EnvDataError, Step
 from asyncrl.envs import make_envs
 from asyncrl.evaluate import (
+    EvaluationConfig,
     Game,
     first_seed,
     load_weights,
@@ -31,6 +32,7 @@ from asyncrl.evaluate import (
     summarise,
     table,
 )
+from asyncrl.models import ModelConfig
 from asyncrl.video import Recorded, Recorder, Twin
 from tests.counting_env import CountingEnv, length_of, reward_of, terminates
 
@@ -177,6 +179,123 @@ def test_epsilon_is_the_share_of_random_actions():
     assert actions(0.0) == 1.0
     assert 0.4 < actions(1.0) < 0.6
     assert 0.85 < actions(0.2) < 0.95  # half of the random ones are the favourite
+
+
+class Says(nn.Module):
+    """The same outputs for every observation."""
+
+    def __init__(self, **outputs):
+        super().__init__()
+        self.outputs = {name: torch.tensor(value) for name, value in outputs.items()}
+
+    def initial_state(self, num_envs):
+        return {}
+
+    def forward(self, obs, first, state):
+        outputs = {k: v.expand(*first.shape, *v.shape) for k, v in self.outputs.items()}
+        return outputs, state
+
+
+class Taste(gym.Env):
+    """Five steps; its observations are its actions."""
+
+    def __init__(self, space):
+        self.action_space = space
+        self.observation_space = spaces.Box(-99, 99, space.shape)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count = 0
+        return np.zeros(self.observation_space.shape, np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.count += 1
+        return np.asarray(action, np.float32), 1.0, self.count == 5, False, {}
+
+
+gym.register("Taste-v0", entry_point=Taste)
+
+
+def tasted(space, model, epsilon, num_games=100) -> np.ndarray:
+    """(N, *action): what four environments were given, reset steps left out."""
+    seen = []
+    envs = make_envs(EnvConfig(f"{__name__}:Taste-v0", {"space": space}), 4)
+    games = play_games(
+        model, envs, num_games, 0, epsilon, lambda step, action: seen.append(step.obs[step.valid])
+    )
+    envs.close()
+    assert [game.score for game in games] == [5.0] * num_games
+    return np.concatenate(seen)
+
+
+def test_vectors_of_actions_are_the_best_or_random_as_a_whole():
+    absent = -torch.inf
+    logits = [[0.0, 1.0, 0.5], [2.0, 0.0, absent]]
+    model, space = Says(logits=logits, value=0.0), spaces.MultiDiscrete([3, 2], start=[0, 4])
+    assert (tasted(space, model, 0.0) == [1, 4]).all()
+    actions = tasted(space, model, 0.6, 400)
+    counts = np.zeros((3, 2))
+    np.add.at(counts, (actions[:, 0].astype(int), actions[:, 1].astype(int) - 4), 1)
+    expected = np.full((3, 2), 0.6 / 6)
+    expected[1, 0] += 0.4
+    assert np.abs(counts / len(actions) - expected).max() < 0.04
+    flags = Says(logits=[[0.0, 1.0], [1.0, 0.0], [0.0, 3.0]])
+    assert (tasted(spaces.MultiBinary(3), flags, 0.0) == [1, 0, 1]).all()
+
+
+def test_box_actions_are_the_middle_of_the_distribution_whatever_epsilon():
+    low, high = np.float32([-1, 0, -np.inf]), np.float32([1, 10, np.inf])
+    model = Says(mean=[0.5, -1.0, 7.0], log_std=[3.0] * 3, low=low, high=high, value=0.0)
+    actions = tasted(spaces.Box(low, high), model, 1.0)
+    middle = [np.tanh(0.5), 5 * (1 + np.tanh(-1)), 7]
+    assert actions == pytest.approx(np.tile(middle, (len(actions), 1)), abs=1e-5)
+
+
+class Remembers(nn.Module):
+    """Goes three steps from where a game opens and then stands still: only memory tells when."""
+
+    def initial_state(self, num_envs):
+        return {"count": torch.full((num_envs,), 50.0)}
+
+    def forward(self, obs, first, state):
+        count = torch.where(first[0], 0.0, state["count"])
+        q = torch.stack([torch.full_like(count, 2.5), 5 - count], -1)  # 5 - count > 2.5: go
+        return {"q": q.unsqueeze(0)}, {"count": count + 1}
+
+
+def test_memory_goes_from_step_to_step_and_is_cut_where_a_game_opens():
+    envs = make_envs(EnvConfig(WALK), 3)
+    games = play_games(Remembers(), envs, 12, seed=0, epsilon=0.0)
+    envs.close()
+    # Rewards are the position after each step: 1, 2, 3 and seven times 3 beyond the start.
+    assert {game.score for game in games} == {27.0 + 10 * start for start in range(3)}
+
+
+def test_steps_one_at_a_time_are_those_of_one_long_unroll():
+    """With an LSTM: every action is the one that the whole history at once gives."""
+    torch.manual_seed(0)
+    walk, config, rows = Walk(), ModelConfig(hidden=(8,), lstm=16, head="actor_critic"), []
+    model = config(walk.observation_space, walk.action_space).requires_grad_(False)
+    for parameter in model.head.parameters():
+        parameter.copy_(5 * torch.randn_like(parameter))
+    envs = make_envs(EnvConfig(WALK), 4)
+    play_games(model, envs, 12, 1, 0.0, lambda step, action: rows.append((step, action)))
+    obs = [envs.reset(first_seed(1)), *(step.obs for step, _ in rows)][:-1]
+    envs.close()
+    first = [np.ones(4, bool), *(step.first for step, _ in rows)][:-1]
+    obs, first, action = (np.array(part) for part in (obs, first, [a for _, a in rows]))
+    outputs, _ = model(torch.tensor(obs), torch.tensor(first), model.initial_state(4))
+    assert np.array_equal(outputs["logits"].argmax(-1), action)
+    forgetful, _ = model(torch.tensor(obs), torch.ones_like(torch.tensor(first)),
+                         model.initial_state(4))  # fmt: skip
+    assert not np.array_equal(forgetful["logits"].argmax(-1), action)
+
+
+def test_an_epsilon_that_is_no_share_is_refused():
+    for epsilon in (-0.1, 1.5):
+        with pytest.raises(ValueError, match=rf"epsilon from 0 to 1, got {epsilon}"):
+            EvaluationConfig(epsilon=epsilon)
 
 
 def test_equal_seeds_give_equal_games_and_other_seeds_others():
@@ -356,8 +475,6 @@ config = Config(env=EnvConfig("{WALK}"), model=ModelConfig(hidden=(4,)), seed=3)
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> Path:
     """A run folder as the supervisor and the learner leave it, with untrained weights."""
-    from asyncrl.models import ModelConfig
-
     monkeypatch.setenv("ASYNCRL_RUNS", str(tmp_path))
     folder = tmp_path / "walk"
     folder.mkdir()

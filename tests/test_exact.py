@@ -12,6 +12,7 @@ from asyncrl.checkpoint import Checkpoints
 from tests.runs import Run
 
 LAUNCH_FILE = Path(__file__).parent / "launch_files" / "exact.py"
+ON_POLICY = Path(__file__).parent / "launch_files" / "exact_ppo.py"
 
 
 def last_checkpoint(folder: Path) -> tuple[dict, dict]:
@@ -75,3 +76,18 @@ def test_killed_and_resumed_equals_uninterrupted(what, uninterrupted, start):
     assert_equal(last_checkpoint(run.folder), uninterrupted)
     steps = [row["env_steps"] for row in run.metrics()]
     assert steps == sorted(steps)
+
+
+def test_on_policy_serial_equals_lockstep_killed_and_resumed(start):
+    """PPO with a frame stack, an LSTM, normalisers and a mix of policies: all of it is saved."""
+    serial = start("serial", ON_POLICY, "--schedule", "serial")
+    status, output = serial.finish()
+    assert status == 0, output
+    run = start("killed", ON_POLICY)
+    run.wait_until(lambda: len(list((run.folder / "checkpoints").glob("checkpoint_*"))) > 2)
+    run.kill_tree()
+    run = start("killed", ON_POLICY)
+    status, output = run.finish()
+    assert status == 0, output
+    assert run.count("learner", "resumed at")
+    assert_equal(last_checkpoint(run.folder), last_checkpoint(serial.folder))

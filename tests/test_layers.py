@@ -10,8 +10,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "asyncrl"
 
 LAYERS = [
-    {"types", "disk", "describe", "state"},
+    {"types", "disk", "describe", "state", "schedules", "sampling", "example_envs"},
     {
+        "env_actions",
         "env_config",
         "env_group",
         "envs",

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from math import exp, log
+import subprocess
+import sys
+from math import atanh, exp, inf, log, nan, prod, tanh
+from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pytest
+import torch
+from gymnasium import spaces
 
+from asyncrl.algorithms import distributions
+from asyncrl.env_group import Actions
 from asyncrl.policies import (
     Context,
     EpsilonGreedy,
@@ -17,6 +25,7 @@ from asyncrl.policies import (
     Part,
     Piecewise,
     Random,
+    Sample,
     Softmax,
     as_mixture,
     unroll_rng,
@@ -51,7 +60,7 @@ def probabilities(name: str, env: int, env_steps: int) -> list[float]:
 
 
 def assert_drawn_by(counts: np.ndarray, mean: np.ndarray) -> None:
-    """Pearson's test of at most 4 degrees of freedom; by chance one in 10 ** 6 fails."""
+    """Pearson's test of at most 5 degrees of freedom; by chance one in 10 ** 5 fails."""
     assert not counts[mean == 0].any()
     counts, mean = counts[mean > 0], mean[mean > 0]
     assert ((counts - mean) ** 2 / mean).sum() < 33, (counts, mean)
@@ -77,6 +86,234 @@ def test_log_prob_is_that_of_the_actions_drawn(env_steps):
         for group in range(0, B, 100):  # neighbours on the ladder that see the same row of Q
             for some in (slice(group, group + 100, 2), slice(group + 1, group + 100, 2)):
                 assert_drawn_by(counts[part, some].sum(0), mean[part, some].sum(0))
+
+
+# -- vectors of discrete actions: (B, D) --------------------------------------------------------
+
+# Two environments by turns; the second of the two actions has two categories only.
+LOGITS = np.float32([[[1, 0, 2], [0.5, 0, -inf]], [[0, -1, 0.5], [-2, 1, -inf]]])  # (2, D, A)
+BEST = ((2, 0), (2, 1))
+
+
+def softmax(logits, temperature: float) -> list[float]:
+    powers = [exp(float(logit) / temperature) for logit in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def of_vectors(name: str, env: int) -> np.ndarray:
+    """(3, 3) probabilities of both actions at once, by hand, in lane 1 of 2 lanes of 600."""
+    if name in ("sample", "soft"):
+        temperature = {"sample": 1.0, "soft": 0.5}[name]
+        first, second = (softmax(logits, temperature) for logits in LOGITS[env % 2])
+        return np.outer(first, second)
+    ladder = 0.4 ** (1 + 7 * (600 + env) / 1199)
+    epsilon = {"random": 1.0, "constant": 0.3, "ladder": ladder, "greedy": 0.0}[name]
+    joint = np.full((3, 3), epsilon / 6)
+    joint[:, 2] = 0
+    joint[BEST[env % 2]] += 1 - epsilon
+    return joint
+
+
+def test_vectors_of_actions_are_drawn_as_they_say():
+    B, num_draws = 600, 200
+    mixture = Mixture(
+        (
+            Part("sample", Sample()),
+            Part("soft", Softmax(0.5)),
+            Part("random", Random()),
+            Part("constant", EpsilonGreedy(0.3)),
+            Part("ladder", EpsilonLadder()),
+            Part("greedy", Greedy()),
+        )
+    )
+    names = mixture.names
+    want = np.array([[of_vectors(name, env) for env in range(B)] for name in names])
+    rng, state, env = unroll_rng(0, 1, 0), mixture.initial_state(B), np.arange(B)
+    outputs, counts = {"logits": LOGITS[env % 2]}, np.zeros(want.shape, int)
+    opens, step = np.ones(B, bool), np.zeros(B, np.int64)
+    for _ in range(num_draws):
+        action, log_prob, state = mixture(outputs, state, opens, step, Context(0, 1, 2), rng)
+        assert action.shape == (B, 2) and action.dtype.kind == "i"
+        assert log_prob.shape == (B,) and log_prob.dtype == np.float32
+        place = (state.choice, env, action[:, 0], action[:, 1])
+        assert np.allclose(log_prob, np.log(want[place]), rtol=0, atol=1e-5)
+        counts[place] += 1
+    mean = counts.sum((2, 3), keepdims=True) * want
+    for part in range(len(names)):
+        for group in range(0, B, 100):
+            for some in (slice(group, group + 100, 2), slice(group + 1, group + 100, 2)):
+                assert_drawn_by(counts[part, some].sum(0).ravel(), mean[part, some].sum(0).ravel())
+
+
+def test_sample_draws_single_actions_by_their_logits():
+    B, rng = 20_000, unroll_rng(0, 0, 1)
+    logits = np.float32([0.3, -inf, 2.0, -1.0])
+    outputs = {"logits": np.tile(logits, (B, 1)), "q": -np.tile(logits, (B, 1))}
+    action, log_prob, _ = Sample()(outputs, (), None, None, Context(0), rng)
+    want = np.array(softmax(logits, 1.0))
+    assert log_prob == pytest.approx(np.log(want[action]), abs=1e-6)
+    assert_drawn_by(np.bincount(action, minlength=4), B * want)
+    assert action.shape == (B,) and log_prob.dtype == np.float32
+
+
+def test_absent_actions_are_never_taken_at_random():
+    values = np.tile(np.float32([-inf, 1, 2, -inf, 0]), (9_000, 1))
+    action, log_prob, _ = Random()({"q": values}, (), None, None, Context(0), unroll_rng(0, 0, 2))
+    assert_drawn_by(np.bincount(action, minlength=5), 3_000 * np.array([0, 1, 1, 0, 1]))
+    assert log_prob == pytest.approx(np.full(9_000, log(1 / 3)))
+
+
+def test_vectors_too_many_for_a_probability_have_a_log_probability():
+    outputs = {"logits": np.zeros((2, 2_000, 2), np.float32)}
+    for policy in (Random(), EpsilonGreedy(0.5)):
+        _, log_prob, _ = policy(outputs, (), ALL, STEP, Context(0), unroll_rng(0, 0, 0))
+        epsilon = getattr(policy, "epsilon", 1.0)
+        expected = [log(epsilon) - 2_000 * log(2), log(0.5)]  # explored, or all of it greedy
+        assert all(min(abs(value - want) for want in expected) < 1e-3 for value in log_prob)
+
+
+# -- continuous actions: Box ---------------------------------------------------------------------
+
+# Bounded, bounded elsewhere, bounded on one side, not at all.
+LOW, HIGH = np.float32([-1, 0.1, 0, -inf]), np.float32([1, 9.7, inf, inf])
+MEAN, LOG_STD = np.float32([0.5, -1.0, 3.0, -2.0]), np.float32([0.3, -0.7, 0.0, 1.0])
+
+
+def box(B: int, low=LOW, high=HIGH, mean=MEAN, log_std=LOG_STD) -> dict[str, np.ndarray]:
+    parts = {"low": low, "high": high, "mean": mean, "log_std": log_std}
+    return {name: np.tile(np.float32(part), (B, 1)) for name, part in parts.items()}
+
+
+def u_of(action: float, low: float, high: float) -> float:
+    if not np.isfinite(low) or not np.isfinite(high):
+        return action
+    return atanh(min(max(2 * (action - low) / (high - low) - 1, -1 + 1e-6), 1 - 1e-6))
+
+
+def all_u(action: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    rows = action.tolist()
+    ends = list(zip(low.tolist(), high.tolist(), strict=True))
+    return np.array([[u_of(a, *end) for a, end in zip(row, ends, strict=True)] for row in rows])
+
+
+def as_learned(outputs: dict[str, np.ndarray], action: np.ndarray) -> np.ndarray:
+    """The log-probability that a learner finds."""
+    as_torch = {name: torch.from_numpy(part) for name, part in outputs.items()}
+    as_torch["value"] = torch.zeros(len(action))
+    return distributions.log_prob(as_torch, torch.from_numpy(action)).numpy()
+
+
+def test_sample_draws_from_a_squashed_normal_distribution():
+    B = 20_000
+    action, log_prob, _ = Sample()(box(B), (), None, None, Context(0), unroll_rng(0, 0, 3))
+    assert action.shape == (B, 4) and action.dtype == log_prob.dtype == np.float32
+    u, normals = all_u(action, LOW, HIGH), []
+    for mean, log_std in zip(MEAN.tolist(), LOG_STD.tolist(), strict=True):
+        normals.append(NormalDist(mean, exp(log_std)))
+    want = [sum(log(n.pdf(x)) for n, x in zip(normals, row, strict=True)) for row in u]
+    assert log_prob == pytest.approx(want, abs=2e-4)  # u in float32 is off by up to 1e-6
+    for i, normal in enumerate(normals):
+        fifth = np.searchsorted([normal.inv_cdf(share) for share in (0.2, 0.4, 0.6, 0.8)], u[:, i])
+        assert_drawn_by(np.bincount(fifth, minlength=5), np.full(5, B / 5))
+        above = (u[:, [i, (i + 1) % 4]] > [MEAN[i], MEAN[(i + 1) % 4]]) @ [1, 2]
+        assert_drawn_by(np.bincount(above, minlength=4), np.full(4, B / 4))  # independent
+
+
+def test_random_fills_a_box_and_tells_the_density_of_u():
+    B, low, high = 20_000, np.float32([-1, 0.1]), np.float32([1, 9.7])
+    outputs = box(B, low, high, [0, 0], [0, 0])
+    action, log_prob, _ = Random()(outputs, (), None, None, Context(0), unroll_rng(0, 0, 4))
+    assert action.dtype == log_prob.dtype == np.float32
+    fifth = np.minimum((action - low) / (high - low) * 5, 4).astype(int)
+    for i in range(2):
+        assert_drawn_by(np.bincount(fifth[:, i], minlength=5), np.full(5, B / 5))
+    both = np.bincount((fifth > 1) @ [1, 2], minlength=4)
+    assert_drawn_by(both, B / 25 * np.array([4, 6, 6, 9]))
+    # The slope of u's distribution function, (1 + tanh u) / 2.
+    step = 1e-4
+    for row, got in zip(all_u(action, low, high)[:200], log_prob[:200], strict=True):
+        slopes = [(tanh(u + step) - tanh(u - step)) / 4 / step for u in row]
+        assert got == pytest.approx(log(prod(slopes)), abs=1e-3)
+
+
+def test_random_and_sample_tell_densities_of_the_same_thing():
+    """Actions of one policy, weighed by the ratio of densities, are draws of the other."""
+    B, low, high = 100_000, [-1, 0], [1, 10]
+    outputs = box(B, low, high, [0.4, -0.3], [-0.5, 0.2])
+    action, log_prob, _ = Random()(outputs, (), None, None, Context(0), unroll_rng(0, 0, 5))
+    ratio = np.exp(as_learned(outputs, action) - log_prob)
+    assert abs(ratio.mean() - 1) < 5 * ratio.std() / B**0.5 < 0.05
+
+
+def test_greedy_takes_the_middle_of_a_box():
+    action, log_prob, _ = Greedy()(box(2), (), ALL, STEP, Context(0), None)
+    expected = [tanh(0.5), 0.1 + (tanh(-1) + 1) / 2 * 9.6, 3.0, -2.0]
+    assert action == pytest.approx(np.tile(expected, (2, 1)), abs=1e-6)
+    assert action.dtype == np.float32 and log_prob.tolist() == [0, 0]
+
+
+def test_actions_stay_in_the_box_however_sure_the_model_is():
+    low, high = np.float32([0.1, -3e7, -1e30]), np.float32([0.7, 1.1, -1e-30])
+    outputs = box(1_000, low, high, [0, 0, 0], [3, 3, 3])
+    for policy in (Sample(), Random(), Greedy()):
+        action, log_prob, _ = policy(outputs, (), None, None, Context(0), unroll_rng(0, 0, 6))
+        assert (action >= low).all() and (action <= high).all() and np.isfinite(log_prob).all()
+        if isinstance(policy, Sample):
+            assert (action == low).any(0).all() and (action == high).any(0).all()
+
+
+def test_a_mixture_of_continuous_policies():
+    B, low, high = 400, [-2, 5], [2, 6]
+    outputs, rng = box(B, low, high, [0.2, 0.3], [-1, -1]), unroll_rng(0, 0, 7)
+    mixture = Mixture((Part("a", Sample()), Part("b", Random()), Part("c", Greedy())))
+    state, opens = mixture.initial_state(B), np.ones(B, bool)
+    action, log_prob, state = mixture(outputs, state, opens, None, Context(0), rng)
+    assert action.shape == (B, 2) and action.dtype == log_prob.dtype == np.float32
+    u = all_u(action, np.float32(low), np.float32(high))
+    normals = (NormalDist(0.2, exp(-1)), NormalDist(0.3, exp(-1)))
+    want = [
+        sum(log(normal.pdf(x)) for normal, x in zip(normals, row, strict=True))
+        if chosen == 0
+        else sum(log((1 - tanh(x) ** 2) / 2) for x in row) * (chosen == 1)
+        for row, chosen in zip(u, state.choice, strict=True)
+    ]
+    assert log_prob == pytest.approx(want, abs=1e-4)
+    greedy = u[state.choice == 2]
+    assert greedy == pytest.approx(np.tile([0.2, 0.3], (len(greedy), 1)), abs=1e-5)
+    assert set(state.choice) == {0, 1, 2}
+
+
+# -- both sides of the wire ----------------------------------------------------------------------
+
+FOUR = box(2, low=[-3] * 4, high=[5] * 4)
+KINDS = {
+    "discrete": (spaces.Discrete(3), {"logits": LOGITS[:, 0]}),
+    "vectors": (spaces.MultiDiscrete([3, 2]), {"logits": LOGITS}),
+    "flags": (spaces.MultiBinary(2), {"logits": LOGITS[:, :, :2]}),
+    "box": (spaces.Box(LOW, HIGH), box(2)),
+    "a sure box": (spaces.Box(LOW, HIGH), box(2, mean=[4, -9, 1e3, 0], log_std=[1, 0, 2, -3])),
+    "matrices": (spaces.Box(-3, 5, (2, 2)), {k: v.reshape(2, 2, 2) for k, v in FOUR.items()}),
+    "numbers": (spaces.Box(-3, 5, ()), {name: part[:, 0] for name, part in FOUR.items()}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_learner_finds_the_log_probability_that_the_actor_sent(kind):
+    """And the environments take the actions."""
+    space, outputs = KINDS[kind]
+    actions, B = Actions(space, kind), 2_000
+    outputs = {name: np.repeat(part, B // 2, 0) for name, part in outputs.items()}
+    action, log_prob, _ = Sample()(outputs, (), None, None, Context(0), unroll_rng(0, 0, 8))
+    stored = action.astype(space.dtype)  # as the wire has it
+    assert np.array_equal(stored, action)
+    assert as_learned(outputs, stored) == pytest.approx(log_prob, rel=1e-6, abs=2e-6)
+    # A bound whose other side is infinite binds the environment, and no policy.
+    is_box = isinstance(space, spaces.Box)
+    taken = np.clip(stored, space.low, space.high) if is_box else stored
+    assert np.array_equal(actions.for_env(stored), taken)
+
+
+# -- the best, the ladder, mixtures --------------------------------------------------------------
 
 
 def test_greedy_takes_the_best_of_q_or_else_of_logits():
@@ -179,6 +416,34 @@ def test_refusals():
     for boundaries, values in (((5, 3), (1, 2, 3)), ((3, 5), (1, 2))):
         with pytest.raises(ValueError, match="growing boundaries and one value more"):
             Piecewise(boundaries, values)
+
+
+def test_acting_needs_no_torch_beyond_the_model():
+    code = "import sys, asyncrl.policies; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_refusals_at_the_outputs_of_a_model():
+    def act(policy, outputs):
+        return policy(outputs, (), ALL, STEP, Context(0), unroll_rng(0, 0, 0))
+
+    for policy in (EpsilonGreedy(), EpsilonLadder(), Softmax()):
+        with pytest.raises(ValueError, match=r"'q' or 'logits' .*'mean'\]; use Sample, Greedy or"):
+            act(policy, box(2))
+    for policy in (EpsilonGreedy(), EpsilonLadder(), Softmax(), Greedy(), Random()):
+        with pytest.raises(ValueError, match=r"'q' or 'logits' of .* got \['value'\]"):
+            act(policy, {"value": Q[:, 0]})
+    with pytest.raises(ValueError, match=r"'logits' or 'mean', got \['q'\].*use EpsilonGreedy"):
+        act(Sample(), {"q": Q})
+    with pytest.raises(ValueError, match=r"finite bounds, got infinite ones.*or use Sample"):
+        act(Random(), box(2))
+    for name, value in (("mean", nan), ("mean", inf), ("log_std", nan)):
+        with pytest.raises(ValueError, match="finite log-probability"):
+            act(Sample(), box(2, **{name: [0, 0, value, 0]}))
+    for policy in (Sample(), Softmax()):
+        with pytest.raises(ValueError, match=r"finite log-probability, got .*nan"):
+            act(policy, {"logits": np.float32([[0, nan, 1], [0, 1, 2]])})
 
 
 def test_the_generator_of_an_unroll_is_its_key_and_nothing_else():

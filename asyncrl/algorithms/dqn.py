@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from asyncrl.algorithms.gradient import GradientStep, check_gradient_settings
 from asyncrl.algorithms.returns import n_step_return
 from asyncrl.models.precision import Precision, computes_in_bfloat16
-from asyncrl.policies import value_at
+from asyncrl.policies import EpsilonGreedy
 from asyncrl.stores.limiter import RateLimiter
 from asyncrl.stores.replay import Replay, ReplayConfig, Sample
 from asyncrl.types import Spec, tree_map
@@ -46,6 +47,10 @@ class DQNConfig:
     hardware multiplies it."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
 
+    head = "q"  # what a built-in model gets on top
+    store_name = "replay"
+    publish_period = 8  # updates between publications, unless the learner is told otherwise
+
     def __post_init__(self):
         if not 0 <= self.gamma <= 1 or not 0 < self.polyak <= 1 or self.n_step < 1:
             raise ValueError(
@@ -57,17 +62,27 @@ class DQNConfig:
                 "expected target_period >= 1 and batch_size >= 1, got "
                 f"{self.target_period} and {self.batch_size}"
             )
-        rates = (value_at(self.learning_rate, 0), self.max_grad_norm, self.reward_clip)
-        if min(rates) < 0:
-            raise ValueError(
-                "expected learning_rate, max_grad_norm and reward_clip of at least 0, got "
-                f"{rates[0]}, {rates[1]} and {rates[2]}"
-            )
+        check_gradient_settings(self.learning_rate, self.max_grad_norm)
+        if self.reward_clip < 0:
+            raise ValueError(f"expected reward_clip of at least 0, got {self.reward_clip}")
         if self.replay.learning_starts < self.batch_size:
             raise ValueError(
                 f"expected learning_starts of at least one batch of {self.batch_size}, got "
                 f"{self.replay.learning_starts}"
             )
+
+    @property
+    def store_device(self) -> str:
+        return self.replay.device
+
+    @property
+    def kept_env_steps(self) -> int:
+        """Env steps that checkpoints stream to the disk."""
+        return self.replay.capacity
+
+    def policy(self) -> EpsilonGreedy:
+        """How actors act unless the launch file says otherwise."""
+        return EpsilonGreedy()
 
     def build(self, model: nn.Module, device: torch.device) -> DQN:
         return DQN(self, model, device)
@@ -123,14 +138,15 @@ class DQN:
         self.config, self.device = config, device
         self.model = model.to(device)
         self.target = deepcopy(self.model).requires_grad_(False)
-        self.optimizer = torch.optim.Adam(
-            self.model.parameters(),
-            lr=value_at(config.learning_rate, 0),
-            eps=config.adam_eps,
-            fused=True,
+        self.descend = GradientStep(
+            self.model, config.learning_rate, config.max_grad_norm, config.adam_eps
         )
         self.bfloat16 = computes_in_bfloat16(config.precision, device)
-        self.updates = 0
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps."""
+        return self.descend.count
 
     def store(self, spec: Spec, num_lanes: int, seed: int) -> Replay:
         """The replay this algorithm learns from, on the GPU when it fits there."""
@@ -173,20 +189,9 @@ class DQN:
             q = self.model(sample.obs, sample.first, sample.state)[0]["q"][0]
         loss, td_error = dqn_loss(q, sample.action, target, sample.weight, config.huber)
 
-        for group in self.optimizer.param_groups:
-            group["lr"] = value_at(config.learning_rate, store.limiter.inserted)
-        self.optimizer.zero_grad()
-        loss.backward()
-        metrics = {"loss/q": loss.detach(), "loss/td_error": td_error.abs().mean()}
+        metrics = self.descend(loss, store.limiter.inserted)
+        metrics |= {"loss/q": loss.detach(), "loss/td_error": td_error.abs().mean()}
         metrics["loss/q_mean"] = q.detach().mean()
-        norm = nn.utils.clip_grad_norm_(
-            self.model.parameters(), config.max_grad_norm or float("inf")
-        )
-        # The fused optimizer leaves everything as it is where this is 1, without asking the device.
-        self.optimizer.found_inf = (~torch.isfinite(norm)).float()
-        metrics |= {"loss/grad_norm": norm, "loss/skipped": self.optimizer.found_inf}
-        self.optimizer.step()
-        self.updates += 1
         if self.updates % config.target_period == 0:
             self._move_target()
         return metrics
@@ -205,18 +210,13 @@ class DQN:
         return {
             "model": self.model.state_dict(),
             "target": self.target.state_dict(),
-            "optimizer": self.optimizer.state_dict()["state"],
-            "updates": self.updates,
+            "optimizer": self.descend.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
         self.target.load_state_dict(state["target"])
-        groups = self.optimizer.state_dict()["param_groups"]
-        saved = state.get("optimizer", {})  # nothing before the first update
-        moments = {int(index): moment for index, moment in saved.items()}
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.updates = state["updates"]
+        self.descend.load_state_dict(state["optimizer"])
 
 
 def _to(sample: Sample, device: torch.device) -> Sample:

@@ -4,21 +4,31 @@
     model(obs (T, B, ...), first (T, B), state) -> (outputs {name: (T, B, ...)}, state)
 
 A model never samples an action and knows nothing of processes. `model.frame_stack` says how many
-frames its core stacks; the replay then gathers them at sampling.
+frames its core stacks; the replay then gathers them at sampling. What outputs there are:
+
+    "q" (A)                           the value of each action
+    "value" ()                        of the state, beside one of:
+    "logits" (A) or (D, A)            of D choices, -inf where one has fewer than A categories
+    "mean", "log_std", "low", "high"  each of the action's shape; see `heads.Gaussian`
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from asyncrl.models.cores import FrameStack
-from asyncrl.models.heads import QHead
+from asyncrl.models.cores import LSTM, FrameStack
+from asyncrl.models.heads import ActorCriticHead, QHead
+from asyncrl.models.normalizers import ObservationNormalizer
 from asyncrl.models.torsos import encoder
-from asyncrl.types import tree_map
+from asyncrl.types import Tree, tree_map
+
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
+HEADS = ("auto", "q", "actor_critic")
 
 
 @dataclass(frozen=True)
@@ -33,13 +43,40 @@ class ModelConfig:
     """Layers of the MLP that serves observations other than images."""
     dueling: bool = False
     """Split Q into a state value and advantages."""
+    head: Literal["auto", "q", "actor_critic"] = "auto"
+    """q: a value for each action. actor_critic: a policy and a value of the state. auto: what the
+    algorithm learns, q where there is none to ask."""
+    lstm: int = 0
+    """Size of an LSTM between torso and head (0: none)."""
+    activation: Literal["relu", "tanh"] = "relu"
+    """Of the MLP."""
+    shared: bool = True
+    """One torso for policy and value; else one each."""
+    normalize_obs: bool = False
+    """Scale observations by their running mean and variance (not images)."""
+    normalize_returns: bool = False
+    """Learn values in units of the returns' running mean and deviation (PopArt)."""
+    initial_log_std: float = 0.0
+    """Of continuous actions, before they are squashed into their bounds."""
+
+    def __post_init__(self):
+        if self.head not in HEADS or self.activation not in ACTIVATIONS or self.lstm < 0:
+            raise ValueError(
+                f"expected head of {HEADS}, activation of {tuple(ACTIVATIONS)} and lstm >= 0, got "
+                f"{self.head!r}, {self.activation!r} and {self.lstm}"
+            )
+        if self.lstm and not self.shared:
+            raise ValueError(
+                f"expected shared=True with an LSTM, got shared=False and lstm={self.lstm}; "
+                "policy and value share one memory"
+            )
 
     def __call__(self, observation_space: spaces.Space, action_space: spaces.Space) -> Network:
         return Network(self, observation_space, action_space)
 
 
 class Network(nn.Module):
-    """Frame stack -> encoder -> Q head."""
+    """Frame stack -> normaliser -> torso -> LSTM -> head; what is not asked for is not there."""
 
     def __init__(
         self, config: ModelConfig, observation_space: spaces.Space, action_space: spaces.Space
@@ -55,19 +92,74 @@ class Network(nn.Module):
         if not self.is_tree:
             dtype = getattr(torch, str(observation_space.dtype))
             self.stack = FrameStack(self.frame_stack, observation_space.shape, dtype)
-        self.encoder = encoder(observation_space, self.frame_stack, config.features, config.hidden)
-        self.head = QHead(self.encoder.features, action_space, config.dueling)
-        self.to(memory_format=torch.channels_last)
+        normalizes = config.normalize_obs
+        self.obs_normalizer = ObservationNormalizer(observation_space) if normalizes else None
+
+        def torso() -> nn.Module:
+            built = encoder(
+                observation_space, self.frame_stack, config.features, config.hidden,
+                ACTIVATIONS[config.activation],
+            )  # fmt: skip
+            return built.to(memory_format=torch.channels_last)
+
+        self.encoder = torso()
+        self.value_encoder = None if config.shared else torso()
+        self.lstm = LSTM(self.encoder.features, config.lstm) if config.lstm else None
+        self.normalizes_returns = config.normalize_returns
+        features = config.lstm or self.encoder.features
+        if config.head == "actor_critic":
+            self.head = ActorCriticHead(
+                features, action_space, config.normalize_returns, config.initial_log_std
+            )
+        elif config.normalize_obs or config.normalize_returns or not config.shared:
+            raise ValueError(
+                "expected normalize_obs, normalize_returns and shared=False only with "
+                f'head="actor_critic", got them with head={config.head!r}; value-based algorithms '
+                "make no use of them"
+            )
+        else:
+            self.head = QHead(features, action_space, config.dueling)
 
     def initial_state(self, num_envs: int) -> dict[str, Tensor]:
-        return {} if self.is_tree else self.stack.initial_state(num_envs)
+        cores = [] if self.is_tree else [self.stack]
+        cores += [self.lstm] if self.lstm else []
+        return {name: x for core in cores for name, x in core.initial_state(num_envs).items()}
 
-    def forward(self, obs, first: Tensor, state: dict) -> tuple[dict[str, Tensor], dict]:
+    def forward(self, obs: Tree, first: Tensor, state: dict) -> tuple[dict[str, Tensor], dict]:
         T, B = first.shape
+        after = state
         if not self.is_tree:
-            obs, state = self.stack(obs, first, state)
+            obs, after = self.stack(obs, first, state)
+        if self.obs_normalizer is not None:
+            obs = self.obs_normalizer(obs)
         merged = tree_map(lambda leaf: leaf.flatten(0, 1), obs)
-        features = self.encoder(merged)
+        torsos = [self.encoder, self.value_encoder] if self.value_encoder else [self.encoder]
+        features = [torso(merged) for torso in torsos]
         with torch.autocast(first.device.type, enabled=False):  # values need more than 8 bits
-            outputs = self.head(features.float())
-        return {name: output.unflatten(0, (T, B)) for name, output in outputs.items()}, state
+            features = [part.float() for part in features]
+            if self.lstm is not None:
+                rows = features[0].unflatten(0, (T, B))
+                rows, memory = self.lstm(rows, first, state)
+                features, after = [rows.flatten(0, 1)], after | memory
+            outputs = self.head(*features)
+        return {name: output.unflatten(0, (T, B)) for name, output in outputs.items()}, after
+
+    # -- normalisers: an algorithm moves them, once for each rollout -----------------------------
+
+    def update_statistics(self, obs: Tree, valid: Tensor) -> None:
+        """Take obs (T, B, ...) into the running statistics where valid (T, B)."""
+        if self.obs_normalizer is not None:
+            self.obs_normalizer.update(obs, valid)
+
+    def renormalize(self, value_target: Tensor, valid: Tensor) -> None:
+        """Take value_target (T, B), in true units, into the returns' scale where valid (T, B);
+        the model's outputs stay what they are."""
+        if self.normalizes_returns:
+            self.head.value.renormalize(value_target, valid)
+
+    @property
+    def return_scale(self) -> Tensor:
+        """0-d: what losses divide errors of the value by."""
+        if self.normalizes_returns:
+            return self.head.value.scale.float()
+        return torch.ones((), device=next(self.parameters()).device)

@@ -7,6 +7,8 @@ with each unroll.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -45,3 +47,37 @@ class FrameStack(nn.Module):
         index = (rows * B + env.unsqueeze(2)).flatten()
         stack = history.flatten(0, 1).index_select(0, index).unflatten(0, rows.shape)
         return stack, {"frames": stack[-1, :, 1:]}
+
+
+class LSTM(nn.Module):
+    """An LSTM (Hochreiter and Schmidhuber 1997); the state is its "h" and "c", float32 (B, size).
+
+    T rows at once are T rows one by one: the whole unroll is one call, cut at the rows in which
+    any environment opens an episode.
+    """
+
+    def __init__(self, features: int, size: int):
+        super().__init__()
+        self.size = size
+        self.lstm = nn.LSTM(features, size)
+        for name, parameter in self.lstm.named_parameters():
+            if name.startswith("weight"):
+                nn.init.orthogonal_(parameter)
+            else:
+                nn.init.zeros_(parameter)
+
+    def initial_state(self, num_envs: int) -> dict[str, Tensor]:
+        return {"h": torch.zeros(num_envs, self.size), "c": torch.zeros(num_envs, self.size)}
+
+    def forward(self, features: Tensor, first: Tensor, state: dict) -> tuple[Tensor, dict]:
+        """(T, B, features) -> (T, B, size), both float32."""
+        memory = state["h"].unsqueeze(0), state["c"].unsqueeze(0)  # (1, B, size)
+        opens = first.any(1).nonzero().flatten().tolist()
+        outputs = []
+        for begin, end in pairwise(sorted({0, *opens, len(first)})):
+            # Filled rather than multiplied by 0, which would keep a NaN.
+            memory = tuple(part.masked_fill(first[begin].unsqueeze(1), 0) for part in memory)
+            output, memory = self.lstm(features[begin:end], memory)
+            outputs.append(output)
+        h, c = memory
+        return torch.cat(outputs), {"h": h.squeeze(0), "c": c.squeeze(0)}

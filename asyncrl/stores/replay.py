@@ -68,6 +68,8 @@ class Lane:
 class Replay:
     """Uniform replay of the last `capacity` env steps of all lanes."""
 
+    streams = True  # checkpoints keep its unrolls in segment files
+
     def __init__(
         self,
         spec: Spec,
@@ -333,9 +335,12 @@ class Replay:
         """Env steps that actors may have started in all."""
         return self.limiter.insert_limit()
 
-    def fill(self) -> float:
-        """Share of the capacity in use."""
-        return min(self.limiter.inserted / self.capacity, 1.0)
+    def expire(self, version: int) -> None:
+        """What weights of any age acted is learned from; age in env steps decides."""
+
+    def metrics(self) -> dict[str, float]:
+        """For a row of metrics: the share of the capacity in use."""
+        return {"replay/fill": min(self.limiter.inserted / self.capacity, 1.0)}
 
     def position(self) -> dict:
         """What `restart_at` needs so that the unrolls inserted from here on rebuild the rows."""

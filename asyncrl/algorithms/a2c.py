@@ -1,0 +1,151 @@
+"""A2C: advantage actor-critic (Mnih et al. 2016); with V-trace, IMPALA (Espeholt et al. 2018)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from asyncrl.algorithms import actor_critic as ac
+from asyncrl.algorithms.distributions import entropy, log_prob
+from asyncrl.algorithms.gradient import GradientStep, OptimizerName, check_gradient_settings
+from asyncrl.models.precision import Precision, computes_in_bfloat16
+from asyncrl.policies import Sample
+from asyncrl.schedules import value_at
+from asyncrl.stores.rollout import RolloutConfig, RolloutQueue
+from asyncrl.types import Spec
+
+
+@dataclass(frozen=True)
+class A2CConfig:
+    """One step of gradient descent on each rollout."""
+
+    gamma: float = 0.99
+    """Discount an env step."""
+    estimator: ac.Estimator = "gae"
+    """Of advantages: gae, n_step, or vtrace, which corrects for policies that lag (IMPALA)."""
+    lambda_: float = 1.0
+    """Of gae and vtrace; 1: rewards up to the unroll's end, then its bootstrap value."""
+    n_step: int = 5
+    """Rewards in a target of the estimator n_step."""
+    value_coef: float = 0.5
+    entropy_coef: Any = 0.01
+    """A number, or a schedule over env steps."""
+    clip_rho: float = 1.0
+    """Importance ratios in the policy's loss are cut off here."""
+    normalize_advantage: bool = False
+    reward_clip: float = 0.0
+    """Clip rewards to [-reward_clip, reward_clip] (0: as they are)."""
+    learning_rate: Any = 7e-4
+    """A number, or a schedule over env steps."""
+    optimizer: OptimizerName = "rmsprop"
+    optimizer_eps: float = 1e-5
+    max_grad_norm: float = 0.5
+    """Clip the gradient's norm (0: as it is)."""
+    precision: Precision = "auto"
+    """What the network computes in while learning; weights stay float32. auto: bfloat16 where the
+    hardware multiplies it."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+    head = "actor_critic"  # what a built-in model gets on top
+    publish_period = 1  # updates between publications, unless the learner is told otherwise
+    kept_env_steps = 0  # a checkpoint streams none of them
+    store_name, store_device = "rollout queue", "auto"
+
+    def __post_init__(self):
+        ac.check_settings(
+            self.gamma, self.lambda_, self.n_step, value_coef=self.value_coef,
+            entropy_coef=value_at(self.entropy_coef, 0), reward_clip=self.reward_clip,
+            clip_rho=self.clip_rho,
+        )  # fmt: skip
+        check_gradient_settings(self.learning_rate, self.max_grad_norm)
+
+    def policy(self) -> Sample:
+        """How actors act unless the launch file says otherwise."""
+        return Sample()
+
+    def build(self, model: nn.Module, device: torch.device) -> A2C:
+        return A2C(self, model, device)
+
+    def store_nbytes(self, model: nn.Module, spec: Spec, num_lanes: int) -> int:
+        """Bytes the queue will take at most."""
+        return RolloutQueue.nbytes(self.rollout, spec, num_lanes)
+
+
+def a2c_loss(
+    current: Tensor, behaviour: Tensor, advantage: Tensor, valid: Tensor, clip_rho: float
+) -> Tensor:
+    """The policy's loss; all (T, N). Steps acted by another policy count by their clipped ratio."""
+    rho = ac.importance_ratio(current, behaviour).clamp(max=clip_rho).detach()
+    weight = ac.masked(rho * advantage, valid)
+    return -ac.mean(weight * current, valid)
+
+
+class A2C:
+    """Model and optimizer; `update` is one step of gradient descent on one rollout."""
+
+    def __init__(self, config: A2CConfig, model: nn.Module, device: torch.device):
+        self.config, self.device = config, device
+        self.model = model.to(device)
+        self.descend = GradientStep(
+            self.model, config.learning_rate, config.max_grad_norm, config.optimizer_eps,
+            config.optimizer,
+        )  # fmt: skip
+        self.bfloat16 = computes_in_bfloat16(config.precision, device)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps."""
+        return self.descend.count
+
+    def store(self, spec: Spec, num_lanes: int, seed: int) -> RolloutQueue:
+        """The queue of unrolls this algorithm learns from."""
+        return RolloutQueue(self.config.rollout, spec, num_lanes)
+
+    def update(self, store: RolloutQueue) -> dict[str, Tensor]:
+        """One rollout, one step; returns metrics as 0-d tensors."""
+        config, rollout = self.config, store.sample(self.device)
+        valid, env_steps = rollout.valid, store.limiter.inserted
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            outputs, _ = self.model(rollout.obs, rollout.first, rollout.state)
+        value = outputs["value"]
+        outputs = {name: output[:-1] for name, output in outputs.items()}
+        current = log_prob(outputs, rollout.action)
+        target = ac.targets(
+            config.estimator, rollout, value.detach(), current.detach(), config.gamma,
+            config.lambda_, config.n_step, config.reward_clip,
+        )  # fmt: skip
+        advantage = target.advantage
+        if config.normalize_advantage:
+            advantage = ac.normalize(advantage, valid)
+
+        policy_loss = a2c_loss(current, rollout.log_prob, advantage, valid, config.clip_rho)
+        error = ac.masked(value[:-1] - target.value, valid) / ac.return_scale(self.model)
+        value_loss = 0.5 * ac.mean(error.square(), valid)
+        spread = ac.mean(entropy(outputs), valid)
+        loss = policy_loss + config.value_coef * value_loss
+        loss = loss - value_at(config.entropy_coef, env_steps) * spread
+
+        metrics = self.descend(loss, env_steps)
+        # Afterwards, because it writes to weights whose values the gradient needs.
+        ac.renormalize(self.model, target.value, valid)
+        ac.update_statistics(self.model, rollout)
+        return metrics | {
+            "loss/policy": policy_loss.detach(),
+            "loss/value": value_loss.detach(),
+            "loss/entropy": spread.detach(),
+            "loss/value_mean": ac.mean(value[:-1].detach(), valid),
+            "loss/explained_variance": ac.explained_variance(
+                value[:-1].detach(), target.value, valid
+            ),
+        }
+
+    def state_dict(self) -> dict:
+        """Nested dict of tensors and numbers."""
+        return {"model": self.model.state_dict(), "optimizer": self.descend.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.descend.load_state_dict(state["optimizer"])

@@ -1,0 +1,138 @@
+"""What A2C and PPO share: advantages of a rollout and the parts of their losses.
+
+All losses are means over valid steps at fixed shapes: a reset step has weight 0.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from asyncrl.algorithms.distributions import log_prob
+from asyncrl.algorithms.returns import gae, n_step, td_advantage, vtrace
+from asyncrl.stores.rollout import Rollout
+from asyncrl.types import tree_map
+
+Estimator = Literal["gae", "n_step", "vtrace"]
+
+
+class Targets(NamedTuple):
+    """What one update learns towards, all (T, N) and without gradient."""
+
+    advantage: Tensor
+    value: Tensor
+
+
+def targets(
+    estimator: Estimator,
+    rollout: Rollout,
+    value: Tensor,
+    current_log_prob: Tensor | None,
+    gamma: float,
+    lambda_: float,
+    n: int,
+    reward_clip: float,
+) -> Targets:
+    """Advantages and value targets of a rollout.
+
+    value: (T+1, N) of every observation; current_log_prob: (T, N) of the actions by the policy that
+    learns, needed by V-trace alone. The advantage of V-trace comes without its importance ratio:
+    the policy's loss has one.
+    """
+    reward = rollout.reward
+    if reward_clip:
+        reward = reward.clamp(-reward_clip, reward_clip)
+    ends = rollout.terminated, rollout.truncated
+    if estimator == "gae":
+        advantage = gae(reward, value, *ends, gamma, lambda_)
+        return Targets(advantage, advantage + value[:-1])
+    if estimator == "n_step":
+        target = n_step(reward, *ends, value, gamma, n)
+        return Targets(target - value[:-1], target)
+    target, _ = vtrace(
+        current_log_prob, rollout.log_prob, reward, value, *ends, gamma, lambda_
+    )
+    return Targets(td_advantage(reward, target, value, *ends, gamma), target)
+
+
+def importance_ratio(current: Tensor, behaviour: Tensor) -> Tensor:
+    """pi / mu of actions from their log-probabilities, finite also for an impossible action."""
+    return (current - behaviour).clamp(-20, 20).exp()
+
+
+def masked(values: Tensor, valid: Tensor) -> Tensor:
+    """0 where not valid. Constants of a loss need it: nan times a gradient of 0 is nan."""
+    return torch.where(valid, values, 0.0)
+
+
+def mean(values: Tensor, valid: Tensor) -> Tensor:
+    """Mean over valid steps; what is not valid may even be nan."""
+    return masked(values, valid).sum() / valid.sum().clamp(min=1)
+
+
+def normalize(advantage: Tensor, valid: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 over valid steps."""
+    centred = advantage - mean(advantage, valid)
+    return centred / (mean(centred.square(), valid).sqrt() + 1e-8)
+
+
+def explained_variance(value: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """1 - Var(target - value) / Var(target) over valid steps: 1 is a perfect critic."""
+    error = target - value
+    error_variance = mean((error - mean(error, valid)).square(), valid)
+    return 1 - error_variance / mean((target - mean(target, valid)).square(), valid).clamp(min=1e-8)
+
+
+def evaluate(model: nn.Module, rollout: Rollout, rows: int) -> tuple[Tensor, Tensor]:
+    """(value (T+1, N), log_prob (T, N)) of a rollout by the current weights, without gradient.
+
+    About `rows` observations at a time go through the net, whole sequences always.
+    """
+    T, N = rollout.action.shape[:2]
+    columns = max(1, rows // (T + 1))
+    values, log_probs = [], []
+    with torch.no_grad():
+        for begin in range(0, N, columns):
+            envs = slice(begin, begin + columns)
+            obs = tree_map(lambda leaf: leaf[:, envs], rollout.obs)  # noqa: B023
+            state = tree_map(lambda leaf: leaf[envs], rollout.state)  # noqa: B023
+            outputs, _ = model(obs, rollout.first[:, envs], state)
+            values.append(outputs["value"])
+            acted = {name: output[:T] for name, output in outputs.items()}
+            log_probs.append(log_prob(acted, rollout.action[:, envs]))
+    return torch.cat(values, 1), torch.cat(log_probs, 1)
+
+
+def return_scale(model: nn.Module) -> Tensor | float:
+    """By how much errors of the value are divided: 1 unless the model normalises returns."""
+    return getattr(model, "return_scale", 1.0)
+
+
+def renormalize(model: nn.Module, value_target: Tensor, valid: Tensor) -> None:
+    """Let a model that normalises returns see value targets (T, N)."""
+    if hasattr(model, "renormalize"):
+        model.renormalize(value_target, valid)
+
+
+def update_statistics(model: nn.Module, rollout: Rollout) -> None:
+    """Let a model that normalises observations see a rollout that it has learned from.
+
+    Afterwards, not before: acting and learning on one rollout use the same statistics.
+    """
+    if hasattr(model, "update_statistics"):
+        T = len(rollout.action)
+        model.update_statistics(tree_map(lambda leaf: leaf[:T], rollout.obs), rollout.valid)
+
+
+def check_settings(gamma: float, lambda_: float, n_step: int, **at_least_0: float) -> None:
+    """ValueError for numbers that cannot be."""
+    if not (0 <= gamma <= 1 and 0 <= lambda_ <= 1 and n_step >= 1):
+        raise ValueError(
+            "expected 0 <= gamma <= 1, 0 <= lambda_ <= 1 and n_step >= 1, got "
+            f"{gamma}, {lambda_} and {n_step}"
+        )
+    for name, value in at_least_0.items():
+        if value < 0:
+            raise ValueError(f"expected {name} of at least 0, got {value}")

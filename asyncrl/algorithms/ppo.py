@@ -1,0 +1,257 @@
+"""PPO: proximal policy optimisation with a clipped ratio (Schulman et al. 2017)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from asyncrl.algorithms import actor_critic as ac
+from asyncrl.algorithms.distributions import entropy, log_prob
+from asyncrl.algorithms.gradient import GradientStep, OptimizerName, check_gradient_settings
+from asyncrl.models.precision import Precision, computes_in_bfloat16
+from asyncrl.policies import Sample
+from asyncrl.schedules import value_at
+from asyncrl.stores.rollout import RolloutConfig, RolloutQueue, Sequences, Steps
+from asyncrl.types import Spec, tree_leaves
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """A few epochs of minibatches on each rollout."""
+
+    gamma: float = 0.99
+    """Discount an env step."""
+    estimator: ac.Estimator = "gae"
+    """Of advantages: gae, n_step, or vtrace, which corrects for policies that lag."""
+    lambda_: float = 0.95
+    """Of gae and vtrace."""
+    n_step: int = 5
+    """Rewards in a target of the estimator n_step."""
+    epochs: int = 4
+    """Passes over each rollout."""
+    num_minibatches: int = 4
+    """Steps of gradient descent in a pass."""
+    minibatch_of: Literal["auto", "steps", "sequences"] = "auto"
+    """Shuffled steps, or whole unrolls of shuffled environments; auto: sequences for a model with a
+    recurrent state, else steps."""
+    clip_ratio: Any = 0.2
+    """A number, or a schedule over env steps."""
+    clip_value: float = 0.0
+    """Clip the value's move from its old one (0: do not), in units of the return's scale."""
+    target_kl: float = 0.0
+    """Stop the passes over a rollout once the approximate KL divergence is above (0: never)."""
+    value_coef: float = 0.5
+    entropy_coef: Any = 0.0
+    """A number, or a schedule over env steps."""
+    normalize_advantage: bool = True
+    """Over each minibatch."""
+    reward_clip: float = 0.0
+    """Clip rewards to [-reward_clip, reward_clip] (0: as they are)."""
+    learning_rate: Any = 2.5e-4
+    """A number, or a schedule over env steps."""
+    optimizer: OptimizerName = "adam"
+    optimizer_eps: float = 1e-5
+    max_grad_norm: float = 0.5
+    """Clip the gradient's norm (0: as it is)."""
+    precision: Precision = "auto"
+    """What the network computes in while learning; weights stay float32. auto: bfloat16 where the
+    hardware multiplies it."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+    head = "actor_critic"  # what a built-in model gets on top
+    publish_period = 1  # updates between publications, unless the learner is told otherwise
+    kept_env_steps = 0  # a checkpoint streams none of them
+    store_name, store_device = "rollout queue", "auto"
+
+    def __post_init__(self):
+        ac.check_settings(
+            self.gamma, self.lambda_, self.n_step, value_coef=self.value_coef,
+            entropy_coef=value_at(self.entropy_coef, 0), reward_clip=self.reward_clip,
+            clip_ratio=value_at(self.clip_ratio, 0), clip_value=self.clip_value,
+            target_kl=self.target_kl,
+        )  # fmt: skip
+        if self.epochs < 1 or self.num_minibatches < 1:
+            raise ValueError(
+                "expected epochs and num_minibatches of at least 1, got "
+                f"{self.epochs} and {self.num_minibatches}"
+            )
+        check_gradient_settings(self.learning_rate, self.max_grad_norm)
+
+    def policy(self) -> Sample:
+        """How actors act unless the launch file says otherwise."""
+        return Sample()
+
+    def build(self, model: nn.Module, device: torch.device) -> PPO:
+        return PPO(self, model, device)
+
+    def sequences(self, spec: Spec) -> bool:
+        """Whether minibatches are of whole sequences."""
+        if self.minibatch_of == "auto":
+            return _is_recurrent(spec)
+        return self.minibatch_of == "sequences"
+
+    def store_nbytes(self, model: nn.Module, spec: Spec, num_lanes: int) -> int:
+        """Bytes the queue will take at most; ValueError for minibatches that cannot be."""
+        num_envs = (self.rollout.num_unrolls or num_lanes) * spec.num_envs
+        sequences = self.sequences(spec)
+        if not sequences and _is_recurrent(spec):
+            raise ValueError(
+                "expected minibatch_of sequences for a model with a recurrent state, got steps; "
+                f"its state {spec.state} cannot be cut out of a rollout step by step"
+            )
+        pieces = num_envs if sequences else num_envs * spec.unroll_length
+        if pieces % self.num_minibatches:
+            raise ValueError(
+                f"expected num_minibatches that divides the {pieces} "
+                f"{'environments' if sequences else 'steps'} of a rollout, got "
+                f"{self.num_minibatches}; change it, actor.envs_per_lane or actor.unroll_length"
+            )
+        return RolloutQueue.nbytes(self.rollout, spec, num_lanes)
+
+
+def _is_recurrent(spec: Spec) -> bool:
+    """Whether a model's state, which may be any tree, is more than a stack of frames."""
+    stack_alone = isinstance(spec.state, dict) and set(spec.state) <= {"frames"}
+    return bool(tree_leaves(spec.state)) and not stack_alone
+
+
+def ppo_loss(
+    current: Tensor, behaviour: Tensor, advantage: Tensor, valid: Tensor, clip_ratio: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(policy loss, approximate KL, share of clipped ratios); inputs of one shape.
+
+    `behaviour` is the log-probability of whoever acted, so it may be any policy of any age. The KL
+    is the estimator (r - 1) - log r of Schulman 2020.
+    """
+    current, behaviour, advantage = (
+        ac.masked(values, valid) for values in (current, behaviour, advantage)
+    )
+    ratio = ac.importance_ratio(current, behaviour)
+    clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
+    loss = -ac.mean(torch.minimum(ratio * advantage, clipped * advantage), valid)
+    with torch.no_grad():
+        kl = ac.mean(ratio - 1 - ratio.log(), valid)
+        share = ac.mean(((ratio - 1).abs() > clip_ratio).float(), valid)
+    return loss, kl, share
+
+
+def value_loss(
+    value: Tensor, old: Tensor, target: Tensor, valid: Tensor, clip: float, scale: Tensor | float
+) -> Tensor:
+    """Half the mean squared error in units of `scale`, the worse of clipped and free if `clip`."""
+    value, old, target = (ac.masked(values, valid) for values in (value, old, target))
+    error = ((value - target) / scale).square()
+    if clip:
+        near = old + (value - old).clamp(-clip * scale, clip * scale)
+        error = torch.maximum(error, ((near - target) / scale).square())
+    return 0.5 * ac.mean(error, valid)
+
+
+class PPO:
+    """Model and optimizer; `update` is all epochs on one rollout."""
+
+    def __init__(self, config: PPOConfig, model: nn.Module, device: torch.device):
+        self.config, self.device = config, device
+        self.model = model.to(device)
+        self.descend = GradientStep(
+            self.model, config.learning_rate, config.max_grad_norm, config.optimizer_eps,
+            config.optimizer,
+        )  # fmt: skip
+        self.bfloat16 = computes_in_bfloat16(config.precision, device)
+        self.generator = torch.Generator()
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps."""
+        return self.descend.count
+
+    def store(self, spec: Spec, num_lanes: int, seed: int) -> RolloutQueue:
+        """The queue of unrolls this algorithm learns from."""
+        self.of_sequences = self.config.sequences(spec)
+        self.generator.manual_seed(seed)
+        return RolloutQueue(self.config.rollout, spec, num_lanes, self.config.epochs)
+
+    def update(self, store: RolloutQueue) -> dict[str, Tensor]:
+        """One rollout, `epochs` passes; returns metrics of the last step as 0-d tensors."""
+        config, rollout = self.config, store.sample(self.device)
+        T, N = rollout.action.shape[:2]
+        inputs = Sequences(rollout) if self.of_sequences else Steps(
+            rollout, getattr(self.model, "frame_stack", 1)
+        )  # fmt: skip
+        pieces = N if self.of_sequences else T * N
+        size = pieces // config.num_minibatches
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            value, current = ac.evaluate(self.model, rollout, T * N // config.num_minibatches)
+        target = ac.targets(
+            config.estimator, rollout, value, current, config.gamma, config.lambda_,
+            config.n_step, config.reward_clip,
+        )  # fmt: skip
+        ac.renormalize(self.model, target.value, rollout.valid)
+        columns = (
+            rollout.action, rollout.log_prob, rollout.valid, value[:-1], target.advantage,
+            target.value,
+        )  # fmt: skip
+        if not self.of_sequences:
+            columns = tuple(column.flatten(0, 1).unsqueeze(0) for column in columns)
+
+        metrics: dict[str, Tensor] = {}
+        for _ in range(config.epochs):
+            order = torch.randperm(pieces, generator=self.generator).to(self.device)
+            for index in order.split(size):
+                chosen = [column[:, index] for column in columns]
+                metrics = self._step(inputs[index], *chosen, store.limiter.inserted)
+                if config.target_kl and metrics["loss/kl"] > config.target_kl:
+                    break
+            else:
+                continue
+            break
+        metrics["loss/explained_variance"] = ac.explained_variance(
+            value[:-1], target.value, rollout.valid
+        )
+        metrics["loss/value_mean"] = ac.mean(value[:-1], rollout.valid)
+        ac.update_statistics(self.model, rollout)
+        return metrics
+
+    def _step(
+        self, inputs, action, behaviour, valid, old_value, advantage, value_target, env_steps: int
+    ) -> dict[str, Tensor]:
+        """One minibatch, one step of gradient descent."""
+        config = self.config
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            outputs, _ = self.model(*inputs)
+        if config.normalize_advantage:
+            advantage = ac.normalize(advantage, valid)
+        clip_ratio = value_at(config.clip_ratio, env_steps)
+        policy, kl, clipped = ppo_loss(
+            log_prob(outputs, action), behaviour, advantage, valid, clip_ratio
+        )
+        value = value_loss(
+            outputs["value"], old_value, value_target, valid, config.clip_value,
+            ac.return_scale(self.model),
+        )  # fmt: skip
+        spread = ac.mean(entropy(outputs), valid)
+        loss = policy + config.value_coef * value
+        loss = loss - value_at(config.entropy_coef, env_steps) * spread
+        return self.descend(loss, env_steps) | {
+            "loss/policy": policy.detach(),
+            "loss/value": value.detach(),
+            "loss/entropy": spread.detach(),
+            "loss/kl": kl,
+            "loss/clipped": clipped,
+        }
+
+    def state_dict(self) -> dict:
+        """Nested dict of tensors and numbers."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.descend.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.descend.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])

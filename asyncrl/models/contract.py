@@ -1,0 +1,83 @@
+"""What every model promises, tried once before a run starts."""
+
+from __future__ import annotations
+
+import torch
+from gymnasium import spaces
+from torch import nn
+
+from asyncrl.types import Field, Tree, space_fields, tree_leaves, tree_map
+
+CONTRACT = (
+    "a model has initial_state(B) -> state and is called as "
+    "model(obs (T, B, ...), first (T, B), state) -> (outputs {name: (T, B, ...)}, state)"
+)
+
+
+def state_fields(
+    model: nn.Module, head: str, observation_space: spaces.Space, action_space: spaces.Space
+) -> Tree:
+    """Fields of a model's state for one environment.
+
+    The model is called once on two steps of three environments. ValueError, with the contract,
+    where it has no state contract, changes its state's shape, or lacks the outputs that `head`
+    stands for ("q", or "actor_critic": a value and logits, or mean and log_std).
+    """
+    if not hasattr(model, "initial_state"):
+        raise ValueError(
+            f"expected a model with initial_state(B), got {type(model).__name__} without it: "
+            f"{CONTRACT}; return {{}} where there is no memory"
+        )
+    T, B = 2, 3
+    state = model.initial_state(B)
+    for leaf in tree_leaves(state):
+        if not isinstance(leaf, torch.Tensor) or leaf.shape[:1] != (B,):
+            shape = tuple(getattr(leaf, "shape", ()))
+            raise ValueError(
+                f"expected model.initial_state({B}) to give tensors whose first axis is {B}, got "
+                f"{type(leaf).__name__} of shape {shape}: {CONTRACT}"
+            )
+    obs = tree_map(
+        lambda field: torch.zeros((T, B, *field.shape), dtype=getattr(torch, field.dtype)),
+        space_fields(observation_space),
+    )
+    with torch.no_grad():
+        outputs, after = model(obs, torch.ones(T, B, dtype=torch.bool), state)
+    before, fields = _fields(state), _fields(after)
+    if before != fields:
+        raise ValueError(
+            f"expected a model to return a state like the one it was given, got {fields} after "
+            f"{before}: {CONTRACT}"
+        )
+    for name, shape in _expected(head, action_space).items():
+        got = tuple(outputs[name].shape) if name in outputs else None
+        if got != (T, B, *shape):
+            raise ValueError(
+                f"expected a model output {name!r} of shape {(T, B, *shape)} for {action_space} "
+                f"and an algorithm that learns a head {head!r}, got {got or sorted(outputs)}"
+            )
+    return before
+
+
+def _fields(state: Tree) -> Tree:
+    """Per environment."""
+    return tree_map(lambda leaf: Field(tuple(leaf.shape[1:]), Field.of(leaf).dtype), state)
+
+
+def _expected(head: str, space: spaces.Space) -> dict[str, tuple[int, ...]]:
+    """Shapes behind (T, B) of the outputs that a head has for an action space."""
+    discrete = isinstance(space, spaces.Discrete)
+    if head == "q":
+        if not discrete:
+            raise ValueError(
+                f"expected a Discrete action space for a value-based algorithm, got {space}; use "
+                "A2C or PPO for others"
+            )
+        return {"q": (int(space.n),)}
+    if discrete:
+        return {"value": (), "logits": (int(space.n),)}
+    if isinstance(space, spaces.MultiDiscrete | spaces.MultiBinary):
+        counts = space.nvec.flatten() if isinstance(space, spaces.MultiDiscrete) else [2]
+        return {"value": (), "logits": (*space.shape, int(max(counts)))}
+    names = ("mean", "log_std", "low", "high")
+    return {"value": ()} | {name: tuple(space.shape) for name in names}

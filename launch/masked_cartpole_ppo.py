@@ -1,0 +1,36 @@
+"""CartPole-v1 without its velocities: PPO with an LSTM has to remember them.
+
+    ./run_main.sh masked launch/masked_cartpole_ppo.py
+
+Hardware: 2 cores, no GPU.
+Score: no run of the full length was made yet.
+"""
+
+from asyncrl import (
+    ActorConfig,
+    Config,
+    EnvConfig,
+    EvaluationConfig,
+    Linear,
+    ModelConfig,
+    PPOConfig,
+    main,
+)
+
+config = Config(
+    env=EnvConfig("asyncrl/MaskedCartPole-v1"),
+    model=ModelConfig(hidden=(64,), activation="tanh", lstm=64),
+    algorithm=PPOConfig(
+        gamma=0.98,
+        lambda_=0.8,
+        epochs=10,
+        num_minibatches=4,
+        learning_rate=Linear(1e-3, 0.0, 150_000),
+    ),
+    actor=ActorConfig(lanes_per_actor=2, envs_per_lane=4, unroll_length=32),
+    evaluation=EvaluationConfig(period_steps=25_000, num_episodes=20, epsilon=0.0),
+    total_env_steps=150_000,
+)
+
+if __name__ == "__main__":
+    main(__file__)

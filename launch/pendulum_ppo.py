@@ -1,0 +1,37 @@
+"""Pendulum-v1 with PPO: continuous actions, squashed into their bounds.
+
+    ./run_main.sh pendulum launch/pendulum_ppo.py
+
+Hardware: 2 cores, no GPU.
+Score: no run of the full length was made yet.
+"""
+
+from asyncrl import (
+    ActorConfig,
+    Config,
+    EnvConfig,
+    EvaluationConfig,
+    Linear,
+    ModelConfig,
+    PPOConfig,
+    main,
+)
+
+config = Config(
+    env=EnvConfig("Pendulum-v1"),
+    model=ModelConfig(
+        hidden=(64, 64), activation="tanh", shared=False, normalize_obs=True, normalize_returns=True
+    ),
+    algorithm=PPOConfig(
+        gamma=0.9,
+        epochs=10,
+        num_minibatches=32,
+        learning_rate=Linear(1e-3, 0.0, 300_000),
+    ),
+    actor=ActorConfig(lanes_per_actor=2, envs_per_lane=4, unroll_length=256),
+    evaluation=EvaluationConfig(period_steps=50_000, num_episodes=20, epsilon=0.0),
+    total_env_steps=300_000,
+)
+
+if __name__ == "__main__":
+    main(__file__)
