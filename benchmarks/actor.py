@@ -13,6 +13,7 @@ measured. Counted are rows: the step that resets a game counts on both sides.
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import time
 
 import gymnasium as gym
@@ -22,7 +23,7 @@ import torch
 from measure import REPOSITORY, Report, arguments, like_a_run, wire
 from torch import nn
 
-from asyncrl.actor import CONTEXT_FIELDS, Actor
+from asyncrl.actor import Actor, context_fields
 from asyncrl.config import resolve
 from asyncrl.envs import make_envs
 from asyncrl.policies import Random, as_mixture
@@ -58,7 +59,7 @@ class ActorProcess:
         segments = [Segment.create("lane", nbytes) for _ in range(actor.lanes_per_actor)]
         self.rings = [Ring(segment.buffer, spec, slots) for segment in segments]
         self.readers = [UnrollReader(ring) for ring in self.rings]
-        fields = weights_fields(model.state_dict(), CONTEXT_FIELDS)
+        fields = weights_fields(model.state_dict(), context_fields(1))
         segment = Segment.create("weights", WeightsBuffer.nbytes(fields))
         self.weights, self.model = WeightsBuffer(segment.buffer, fields), model
         self.config, self.rows_per_unroll = config, spec.unroll_length * spec.num_envs
@@ -178,6 +179,7 @@ def main() -> None:
     }
     results: dict[str, list[dict]] = {name: [] for name in alone | acting}
     for repeat in range(-1, options.repeats):  # the first time is for warming up
+        print(f"repeat {repeat + 1} of {options.repeats}", file=sys.stderr, flush=True)
         for name, system in (alone | acting).items():
             result = system.measure(options.seconds if repeat >= 0 else min(3, options.seconds))
             if repeat >= 0:

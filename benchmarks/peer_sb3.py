@@ -1,10 +1,10 @@
-"""Stable-Baselines3's DQN on Breakout, for benchmarks/throughput.py, in an environment of its own.
+"""Stable-Baselines3 on Breakout, for benchmarks/throughput.py, in an environment of its own.
 
-    python benchmarks/peer_sb3.py METRICS_FILE [SEED]
+    python benchmarks/peer_sb3.py METRICS_FILE dqn|a2c|ppo [SEED]
 
-Its own Atari wrappers and its vanilla DQN: one environment, batches of 32 every 4 env steps.
-Epsilon stays at 0.1: about where a run of full length spends its time. SB3 evaluates no net for a
-random action, so the first steps of a run, nearly all random, are faster than the rest.
+Its own Atari wrappers and its own DQN, A2C and PPO. DQN has one environment and epsilon stays at
+0.1: about where a run of full length spends its time. SB3 evaluates no net for a random action, so
+the first steps of a run, nearly all random, are faster than the rest.
 """
 
 import json
@@ -13,24 +13,41 @@ import time
 
 import ale_py
 import gymnasium
-from stable_baselines3 import DQN
+from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import VecFrameStack
+
+SETTINGS = {
+    "dqn": dict(
+        learning_rate=1e-4, buffer_size=100_000, learning_starts=2_000, batch_size=32, train_freq=4,
+        gradient_steps=1, target_update_interval=8_000, optimize_memory_usage=True,
+        replay_buffer_kwargs={"handle_timeout_termination": False},
+        exploration_initial_eps=0.1, exploration_final_eps=0.1,
+    ),
+    "a2c": dict(n_steps=5, ent_coef=0.01),
+    "ppo": dict(
+        n_steps=128, batch_size=256, n_epochs=4, learning_rate=2.5e-4, clip_range=0.1,
+        ent_coef=0.01,
+    ),
+}  # fmt: skip
+KINDS = {"dqn": (DQN, 1), "a2c": (A2C, 16), "ppo": (PPO, 8)}  # class, environments
+STEPS_A_COUNT = {"dqn": 1, "a2c": 1, "ppo": 4}  # SB3 counts epochs of PPO, not optimizer steps
 
 
 class Rows(BaseCallback):
     """A row of JSON a second."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, steps_a_count: int):
         super().__init__()
-        self.path, self.last = path, 0.0
+        self.path, self.last, self.steps_a_count = path, 0.0, steps_a_count
 
     def _on_step(self) -> bool:
         now = time.time()
         if now - self.last >= 1:
             self.last = now
-            row = {"time": now, "env_steps": self.num_timesteps, "updates": self.model._n_updates}
+            updates = self.model._n_updates * self.steps_a_count
+            row = {"time": now, "env_steps": self.num_timesteps, "updates": updates}
             with open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
         return True
@@ -38,25 +55,12 @@ class Rows(BaseCallback):
 
 def main() -> None:
     gymnasium.register_envs(ale_py)
-    seed = int(sys.argv[2]) if len(sys.argv) > 2 else 1
-    env = VecFrameStack(make_atari_env("BreakoutNoFrameskip-v4", n_envs=1, seed=seed), 4)
-    model = DQN(
-        "CnnPolicy",
-        env,
-        learning_rate=1e-4,
-        buffer_size=100_000,
-        learning_starts=2_000,
-        batch_size=32,
-        train_freq=4,
-        gradient_steps=1,
-        target_update_interval=8_000,
-        optimize_memory_usage=True,
-        replay_buffer_kwargs={"handle_timeout_termination": False},
-        exploration_initial_eps=0.1,
-        exploration_final_eps=0.1,
-        seed=seed,
-    )
-    model.learn(10_000_000, callback=Rows(sys.argv[1]))
+    path, task = sys.argv[1:3]
+    seed = int(sys.argv[3]) if len(sys.argv) > 3 else 1
+    kind, num_envs = KINDS[task]
+    env = VecFrameStack(make_atari_env("BreakoutNoFrameskip-v4", n_envs=num_envs, seed=seed), 4)
+    model = kind("CnnPolicy", env, seed=seed, **SETTINGS[task])
+    model.learn(10_000_000, callback=Rows(path, STEPS_A_COUNT[task]))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def full_replay(folder: Path, launch: str, updates: int) -> dict:
     """Make a learner as a run does, fill its replay; bytes of memory at several moments."""
     import torch
 
-    from asyncrl.actor import CONTEXT_FIELDS
+    from asyncrl.actor import context_fields
     from asyncrl.config import resolve
     from asyncrl.learner import Learner
     from asyncrl.policies import as_mixture
@@ -64,7 +64,8 @@ def full_replay(folder: Path, launch: str, updates: int) -> dict:
     spec, model = wire(config)
     lanes, slots = config.actor.num_lanes, config.actor.slots_per_lane
     segments = [Segment.create("lane", Ring.nbytes(spec, slots)) for _ in range(lanes)]
-    fields = weights_fields(model.state_dict(), CONTEXT_FIELDS)
+    names = as_mixture(config.policy).names
+    fields = weights_fields(model.state_dict(), context_fields(len(names)))
     weights = Segment.create("weights", WeightsBuffer.nbytes(fields))
     learner = Learner(
         # Saving the replay would write the noise to the disk, and no more to memory.
@@ -75,7 +76,7 @@ def full_replay(folder: Path, launch: str, updates: int) -> dict:
         spec,
         [Ring(segment.buffer, spec, slots) for segment in segments],
         WeightsWriter(WeightsBuffer(weights.buffer, fields)),
-        as_mixture(config.policy).names,
+        names,
         folder,
         config.seed,
         config.total_env_steps,

@@ -1,9 +1,11 @@
-"""Whole systems: DQN on Breakout, learning included, asyncrl beside others on the same machine.
+"""Whole systems on Breakout, learning included, asyncrl beside others on the same machine.
 
-    python benchmarks/throughput.py
+    python benchmarks/throughput.py --task dqn
+    python benchmarks/throughput.py --task ppo
 
-One arithmetic for all: Nature net, one vanilla update with a batch of 32 every 4 env steps, replay
-of 100,000. `sb3` is Stable-Baselines3 with one environment, as its DQN is run; `plain` is a loop of
+One arithmetic for all, with the Nature net. dqn: one vanilla update with a batch of 32 every 4 env
+steps, replay of 100,000. ppo: rollouts of 8 x 128 steps, 4 epochs of 4 minibatches. a2c: rollouts
+of 16 x 5 steps. `sb3` is Stable-Baselines3 as it is usually run; `plain` is a synchronous loop of
 ours in one process with as many environments as asyncrl's actor. The systems take turns in each
 repeat. Measured is from some seconds after the first update on. Stable-Baselines3 gets a virtual
 environment of its own, made at the first use (torch of the same version as here).
@@ -28,13 +30,18 @@ import numpy as np
 import psutil
 from measure import REPOSITORY, Program, Report, arguments, median, memory, train
 
+SHARED = {"evaluation.period-steps": 0, "learner.log-seconds": 1}
 OPTIONS = {
-    "algorithm.double": False, "model.dueling": False, "algorithm.n-step": 1,
-    "algorithm.batch-size": 32, "algorithm.replay.samples-per-insert": 8,
-    "algorithm.replay.capacity": 100_000, "algorithm.replay.learning-starts": 2_000,
-    "evaluation.period-steps": 0, "learner.log-seconds": 1,
+    "dqn": {
+        "algorithm.double": False, "model.dueling": False, "algorithm.n-step": 1,
+        "algorithm.batch-size": 32, "algorithm.replay.samples-per-insert": 8,
+        "algorithm.replay.capacity": 100_000, "algorithm.replay.learning-starts": 2_000,
+    } | SHARED,
+    "a2c": SHARED,
+    "ppo": SHARED,
 }  # fmt: skip
-STEPS_AN_UPDATE = 4
+PLAIN = {"dqn": "peer_plain_dqn", "a2c": "peer_plain_on_policy", "ppo": "peer_plain_on_policy"}
+STEPS_AN_UPDATE = {"dqn": 4, "a2c": 80, "ppo": 64}  # optimizer steps
 SETTLE_SECONDS, START_SECONDS = 5.0, 300.0  # from the first update on; until it
 
 
@@ -154,6 +161,7 @@ def main() -> None:
     parser = arguments(__doc__, repeats=5)
     parser.add_argument("--seconds", type=float, default=60, help="of each measurement")
     systems = ["asyncrl", "sb3", "plain"]
+    parser.add_argument("--task", choices=list(OPTIONS), default="dqn")
     parser.add_argument("--systems", nargs="+", choices=systems, default=systems)
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     parser.add_argument("--peers-venv", type=Path, default=cache / "asyncrl-benchmarks" / "sb3")
@@ -167,28 +175,32 @@ def main() -> None:
                 runs = Path(folder) / f"{name}_{repeat}"
                 runs.mkdir()
                 if name == "asyncrl":
-                    words = [word for k, v in OPTIONS.items() for word in (f"--{k}", v)]
-                    program = train("launch/breakout_dqn.py", name, runs, *words, *rest)
+                    changed = OPTIONS[options.task].items()
+                    words = [word for k, v in changed for word in (f"--{k}", v)]
+                    launch = f"launch/breakout_{options.task}.py"
+                    program = train(launch, name, runs, *words, *rest)
                 else:
                     interpreter = python if name == "sb3" else sys.executable
-                    script = REPOSITORY / "benchmarks" / f"peer_{name}.py"
-                    command = [interpreter, script, runs / "rows", repeat + 1]
+                    script = PLAIN[options.task] if name == "plain" else "peer_sb3"
+                    script = REPOSITORY / "benchmarks" / f"{script}.py"
+                    command = [interpreter, script, runs / "rows", options.task, repeat + 1]
                     program = Program(command, runs / "log", runs / "rows")
                 results[name].append(result := measure(name, program, options.seconds))
                 print(f"{repeat + 1} {name}: {result['env steps/s']:.1f}", file=sys.stderr)
-    rows = []
+    rows, title = [], f"Breakout, {options.task}"
     for name, found in results.items():
         columns = {key: [result[key] for result in found] for key in found[0]}
         if "sb3" in results:
             pairs = zip(found, results["sb3"], strict=True)
             columns["/ sb3"] = [mine["env steps/s"] / its["env steps/s"] for mine, its in pairs]
-        rows.append({"Breakout, DQN": name} | columns)
+        rows.append({title: name} | columns)
     waiting = [{key: row.pop(key) for key in list(row) if "waiting" in key} for row in rows]
     report.table(rows)
     for row, costs in zip(rows, waiting, strict=True):
-        if abs(median(row["env steps an update"]) / STEPS_AN_UPDATE - 1) > 0.05:
-            report.note(f"{row['Breakout, DQN']} did not do one update every 4 env steps")
-        if row["Breakout, DQN"] == "asyncrl" and "/ sb3" in row:
+        expected = STEPS_AN_UPDATE[options.task]
+        if abs(median(row["env steps an update"]) / expected - 1) > 0.05:
+            report.note(f"{row[title]} did not do one update every {expected} env steps")
+        if row[title] == "asyncrl" and "/ sb3" in row:
             report.goal("asyncrl / Stable-Baselines3, env steps/s", row["/ sb3"], at_least=2)
         for what, percent in costs.items():
             report.goal(f"nobody spins: {what}", percent, at_most=2)

@@ -1,6 +1,6 @@
 """A plain DQN loop in one process, for benchmarks/throughput.py: what there is without asyncrl.
 
-    python benchmarks/peer_plain.py METRICS_FILE [SEED]
+    python benchmarks/peer_plain_dqn.py METRICS_FILE dqn [SEED]
 
 In the manner of CleanRL: step the environments, store, update, again. The environments are ALE's
 vector env with as many games as the actor of launch/breakout_dqn.py has, stacked by ALE; the net,
@@ -37,7 +37,7 @@ def nature(num_actions: int) -> nn.Module:
 
 def main() -> None:
     like_a_run()
-    seed = int(sys.argv[2]) if len(sys.argv) > 2 else 1
+    seed = int(sys.argv[3]) if len(sys.argv) > 3 else 1
     torch.manual_seed(seed)
     torch.set_num_threads(os.cpu_count() or 1)
     torch.set_flush_denormal(True)

@@ -1,0 +1,44 @@
+"""Atari Breakout with A2C, protocol classic: four stacked frames, unrolls of five steps.
+
+    ./run_main.sh breakout_a2c launch/breakout_a2c.py
+
+Hardware: one GPU and 8 or more cores, 4 GB of memory. Profile home: 2 cores, no GPU.
+Score: no run of the full length was made yet.
+"""
+
+from dataclasses import replace
+
+from asyncrl import (
+    A2CConfig,
+    ActorConfig,
+    Config,
+    EnvConfig,
+    EvaluationConfig,
+    Linear,
+    ModelConfig,
+    main,
+)
+
+config = Config(
+    env=EnvConfig("ALE/Breakout-v5", protocol="classic"),
+    model=ModelConfig(frame_stack=4),
+    algorithm=A2CConfig(
+        lambda_=0.95,
+        entropy_coef=0.01,
+        reward_clip=1.0,
+        learning_rate=Linear(7e-4, 0.0, 10_000_000),
+    ),
+    actor=ActorConfig(lanes_per_actor=2, envs_per_lane=8, unroll_length=5),
+    evaluation=EvaluationConfig(period_steps=100_000),
+    total_env_steps=10_000_000,
+)
+
+# For weak machines: a fifth of the env steps, annealed over them.
+home = replace(
+    config,
+    algorithm=replace(config.algorithm, learning_rate=Linear(7e-4, 0.0, 2_000_000)),
+    total_env_steps=2_000_000,
+)
+
+if __name__ == "__main__":
+    main(__file__)

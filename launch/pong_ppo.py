@@ -1,0 +1,44 @@
+"""Atari Pong with PPO, protocol classic: four stacked frames, 4 epochs of 4 minibatches.
+
+    ./run_main.sh pong_ppo launch/pong_ppo.py
+
+Hardware: one GPU and 8 or more cores, 4 GB of memory. Profile home: 2 cores, no GPU.
+Score: no run of the full length was made yet.
+"""
+
+from dataclasses import replace
+
+from asyncrl import (
+    ActorConfig,
+    Config,
+    EnvConfig,
+    EvaluationConfig,
+    Linear,
+    ModelConfig,
+    PPOConfig,
+    main,
+)
+
+config = Config(
+    env=EnvConfig("ALE/Pong-v5", protocol="classic"),
+    model=ModelConfig(frame_stack=4),
+    algorithm=PPOConfig(
+        learning_rate=Linear(2.5e-4, 0.0, 10_000_000),
+        clip_ratio=0.1,
+        entropy_coef=0.01,
+        reward_clip=1.0,
+    ),
+    actor=ActorConfig(lanes_per_actor=2, envs_per_lane=4, unroll_length=128),
+    evaluation=EvaluationConfig(period_steps=100_000),
+    total_env_steps=10_000_000,
+)
+
+# For weak machines: a fifth of the env steps, annealed over them.
+home = replace(
+    config,
+    algorithm=replace(config.algorithm, learning_rate=Linear(2.5e-4, 0.0, 2_000_000)),
+    total_env_steps=2_000_000,
+)
+
+if __name__ == "__main__":
+    main(__file__)
