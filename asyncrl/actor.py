@@ -23,10 +23,14 @@ from asyncrl.transport.ring import Ring, UnrollWriter, Word
 from asyncrl.transport.weights import WeightsReader
 from asyncrl.types import Field, Unroll, tree_map
 
-CONTEXT_FIELDS = {
-    "env_steps": Field((), "int64"),  # the learner's count: the clock of schedules
-    "epoch": Field((), "int64"),  # grows when all environments are to be made anew
-}
+
+def context_fields(num_policies: int) -> dict[str, Field]:
+    """What travels beside the weights."""
+    return {
+        "env_steps": Field((), "int64"),  # the learner's count: the clock of schedules
+        "epoch": Field((), "int64"),  # grows when all environments are to be made anew
+        "recent_lengths": Field((num_policies, 64), "int32"),  # of episodes; 0: none yet
+    }
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,8 @@ class Actor:
                 tensor.copy_(torch.from_numpy(pulled["model"][name]))
         self.env_steps = int(pulled["context"]["env_steps"])
         self.epoch = int(pulled["context"]["epoch"])
+        lengths = zip(self.policy.names, pulled["context"]["recent_lengths"], strict=True)
+        self.recent_lengths = {name: row[row > 0] for name, row in lengths}
 
     def _begin(self, lane: LaneState) -> Unroll:
         """The lane's reserved slot with all that is known before the first step."""
@@ -184,11 +190,10 @@ class Actor:
         )  # fmt: skip
         for word, value in zip(unroll.header, header, strict=True):
             word[...] = value
-        tree_map(lambda slot, part: slot[0].__setitem__(..., part.cpu().numpy()),
-                 unroll.state, lane.state)  # fmt: skip
         self._observe(lane, unroll, 0)
         lane.rng = unroll_rng(self.seed, lane.index, lane.writer.sequence)
-        lane.context = Context(self.env_steps, lane.index, self.config.num_lanes)
+        where = lane.index, self.config.num_lanes
+        lane.context = Context(self.env_steps, *where, self.recent_lengths)
         return unroll
 
     def _observe(self, lane: LaneState, unroll: Unroll, t: int) -> None:
@@ -198,6 +203,10 @@ class Actor:
 
     def _act(self, lane: LaneState, unroll: Unroll, t: int) -> None:
         """Evaluate row t, choose its actions, and set the environments going."""
+        s, between = divmod(t * lane.ring.num_states, self.config.unroll_length)
+        if not between:  # a state to be stored; the slot has room for one stack of frames only
+            tree_map(lambda slot, part: slot[s : s + 1].__setitem__(..., part.cpu().numpy()),
+                     unroll.state, lane.state)  # fmt: skip
         with torch.inference_mode():
             obs = tree_map(
                 lambda part: torch.from_numpy(part[t : t + 1]).to(self.device), unroll.obs

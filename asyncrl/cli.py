@@ -1,4 +1,4 @@
-"""The command line: train, eval, plot, watch."""
+"""The command line: train, eval, plot, watch, doctor."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry of `asyncrl`; returns the exit status."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "train":
+    if rest and options.command not in ("train", "doctor"):
         options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return options.do(options, rest)
@@ -103,6 +103,18 @@ def _parser() -> argparse.ArgumentParser:
         "Into a pipe it writes plain lines.",
     )  # fmt: skip
     watch.add_argument("run", metavar="RUN", help="id or folder of a run")
+    words = "say in one line how it is, and exit: 0 if it is well, 1 if not"
+    watch.add_argument("--health", action="store_true", help=words)
+
+    examine = command(
+        "doctor", _doctor, "check what a run needs against what there is",
+        usage="asyncrl doctor [LAUNCH_FILE [RUN_ID] [--option value ...]]",
+        description="Check what a run needs against what there is: packages, processors, GPU, "
+        "disk, and with a launch file also its environment, memory, disk and open files. Says "
+        "what to do about what is amiss; exit status 0, or 2 where a run would be refused.",
+    )  # fmt: skip
+    examine.add_argument("launch_file", type=Path, nargs="?", help="what is to be trained")
+    examine.add_argument("run_id", nargs="?", help="where to")
     return parser
 
 
@@ -296,6 +308,12 @@ def _plot(options, rest: list[str]) -> int:
 def _watch(options, rest: list[str]) -> int:
     import time
 
+    if options.health:
+        from asyncrl.health import look
+
+        well, words = look(find_run(options.run))
+        print(words)
+        return 0 if well else 1
     from asyncrl.panel import Panel
 
     with Panel(find_run(options.run)) as panel:
@@ -305,6 +323,14 @@ def _watch(options, rest: list[str]) -> int:
                 time.sleep(1)
         except KeyboardInterrupt:
             return 0
+
+
+def _doctor(options, rest: list[str]) -> int:
+    from asyncrl.doctor import doctor
+
+    if rest and options.launch_file is None:
+        options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return doctor(options.launch_file, options.run_id, rest, runs_folder())
 
 
 if __name__ == "__main__":

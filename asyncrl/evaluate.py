@@ -23,6 +23,7 @@ from asyncrl.disk import CheckpointError
 from asyncrl.env_config import EnvConfig
 from asyncrl.env_group import EnvGroup
 from asyncrl.envs import seed_for
+from asyncrl.models.layers import noisy_layers
 from asyncrl.policies import Context, EpsilonGreedy, Greedy, unroll_rng
 from asyncrl.types import tree_map
 
@@ -77,12 +78,15 @@ def play_games(
     """Play `num_games` games (rounded up to a whole number an environment), in order of their end.
 
     Actions are the best, or the likeliest, and random with probability `epsilon`: vectors of
-    discrete actions as a whole, Box actions never. Models keep their memory from step to step.
+    discrete actions as a whole, Box actions never. Models keep their memory from step to step, and
+    noisy layers are silenced for good.
     `on_step(step, action)` is called after every step and may return True to give up early. The
     environments begin with `first_seed(seed)`.
     """
     B, device = envs.num_envs, next(model.parameters(), torch.empty(0)).device
     per_env = -(-num_games // B)
+    for layer in noisy_layers(model):
+        layer.silence()
     context, rng = Context(0), unroll_rng(seed, EVALUATION_LANE, 0)
     obs = envs.reset(first_seed(seed))
     first, state = np.ones(B, bool), tree_map(lambda x: x.to(device), model.initial_state(B))

@@ -6,13 +6,13 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-
-import psutil
+from typing import Any
 
 from asyncrl.disk import write_atomically
 from asyncrl.plan import Plan, versions
@@ -68,7 +68,7 @@ class RunFolder:
         own_copy = self.folder / "launch.py"
         original = launch_file
         if not self.is_new:
-            stored = json.loads((self.folder / "launch.json").read_text())
+            stored = self._read("launch.json", "options", "file")
             options = [*stored["options"], *options]
             if launch_file.is_file() and launch_file.read_bytes() == own_copy.read_bytes():
                 launch_file, original = own_copy, Path(stored["file"])
@@ -79,11 +79,11 @@ class RunFolder:
             )
         self.launch = {"file": str(original.resolve()), "options": options}
         self.source = launch_file.read_bytes()
-        plan = _prepare_in_child(launch_file.resolve(), original.resolve(), options)
+        plan = prepare_in_child(launch_file.resolve(), original.resolve(), options)
         if not self.is_new:
             from asyncrl.describe import differences
 
-            before = json.loads((self.folder / "config.json").read_text())
+            before = self._read("config.json", "config")
             changed = differences(before["config"], plan.config)
             if changed:
                 raise Refused(
@@ -92,6 +92,16 @@ class RunFolder:
                     "resume it without these changes, or begin a run with another id",
                 )
         return plan
+
+    def _read(self, name: str, *keys: str) -> dict:
+        try:
+            found = json.loads((self.folder / name).read_text())
+            return {key: found[key] for key in keys}
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise Refused(
+                f"expected {self.folder / name} as the run wrote it, got "
+                f"{type(error).__name__}: {error}; put it back, or begin a run with another id"
+            ) from None
 
     def begin(self, plan: Plan) -> None:
         """Make the run folder say what is being run."""
@@ -112,7 +122,22 @@ class RunFolder:
             ) from None
 
 
-def _prepare_in_child(launch_file: Path, original: Path, options: list[str]) -> Plan:
+@contextlib.contextmanager
+def leaving_at_once(number: int) -> Iterator[None]:
+    """As long as there is nothing to save. A container's process 1 has no other way to leave."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        signal.signal(number, previous)
+
+
+def prepare_in_child(launch_file: Path, original: Path, options: list[str]) -> Plan:
+    """The plan of a run, or SystemExit with the status of the child that could not make one."""
     read_end, write_end = os.pipe()
     command = [sys.executable, "-m", "asyncrl.run", "prepare", "0", str(launch_file),
                str(original), str(write_end), *options]  # fmt: skip
@@ -124,49 +149,6 @@ def _prepare_in_child(launch_file: Path, original: Path, options: list[str]) -> 
     if status != 0 or not text:
         raise SystemExit(status if status >= 0 else 128 - status)
     return Plan(**json.loads(text))
-
-
-def preflight(plan: Plan, folder: Path, available: int | None = None) -> None:
-    """Refuse, with the arithmetic, a run that memory or disk cannot hold."""
-    needed = sum(nbytes for _, nbytes in plan.memory)
-    limits = {"available": psutil.virtual_memory().available if available is None else available}
-    limits |= _cgroup_memory()
-    source = min(limits, key=limits.get)
-    if needed > limits[source]:
-        raise Refused(
-            f"expected {needed / 1e9:.2f} GB of memory, got {limits[source] / 1e9:.2f} GB "
-            f"({source}); the run needs:",
-            *(f"    {nbytes / 1e9:8.3f} GB  {what}" for what, nbytes in plan.memory),
-            "lower --algorithm.replay.capacity, --actor.num-actors or --actor.envs-per-lane",
-        )
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    free += sum(path.stat().st_size for path in (folder / "replay").glob("*.bin"))  # its own
-    if plan.disk_nbytes * 1.1 > free:
-        raise Refused(
-            f"expected {plan.disk_nbytes * 1.1 / 1e9:.2f} GB of disk in {place} for the saved "
-            f"replay, got {free / 1e9:.2f} GB; lower --algorithm.replay.capacity or use "
-            "--learner.save-replay False (a resumed run then fills its replay anew)"
-        )
-
-
-def _cgroup_memory() -> dict[str, int]:
-    """What the container's own limit leaves, where there is one (cgroup v2, then v1)."""
-    root = Path("/sys/fs/cgroup")
-    for folder, limit, used, cache in (
-        (root, "memory.max", "memory.current", "inactive_file"),
-        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        try:
-            nbytes = (folder / limit).read_text().strip()
-            if nbytes == "max":
-                return {}
-            statistics = dict(map(str.split, (folder / "memory.stat").read_text().splitlines()))
-            in_use = int((folder / used).read_text()) - int(statistics.get(cache, 0))
-            return {"left of the container's limit": int(nbytes) - in_use}
-        except (OSError, ValueError):
-            continue
-    return {}
 
 
 def _git_revision() -> str | None:

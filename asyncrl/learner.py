@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from asyncrl.actor import ActorConfig
 from asyncrl.checkpoint import Checkpoints, Loaded
 from asyncrl.disk import CheckpointError
+from asyncrl.guards import UpdateGuard
 from asyncrl.logs import EventLog, RunLog
 from asyncrl.metrics import EpisodeStatistics, Rate, TimeShares, bottleneck
 from asyncrl.segments import SegmentWriter, read_segments
@@ -111,6 +112,7 @@ class Learner:
         self.read_status, self.beat = read_status, beat
 
         self.events = EventLog(folder / "events.log")
+        self.guard = UpdateGuard(model, self.events)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
         self.replay_folder = folder / "replay"
         self.folder = folder
@@ -220,22 +222,21 @@ class Learner:
 
     def drain(self) -> int:
         """Take every committed unroll into the store; returns how many there were."""
-        count = 0
         with self.shares.time("sync"):
+            waiting = [reader.waiting() for reader in self.readers]
+            for turn in range(max(waiting)):  # so that what was played first comes first
+                for lane, reader in enumerate(self.readers):
+                    if turn < waiting[lane]:
+                        self._take(lane, *reader.take())
+            if any(waiting) and self.store.device.type == "cuda":
+                # The copies still read the slots.
+                torch.cuda.current_stream(self.store.device).synchronize()
             for lane, reader in enumerate(self.readers):
-                taken = 0
-                while (item := reader.take()) is not None:
-                    self._take(lane, *item)
-                    taken += 1
-                if taken:
-                    if self.store.device.type == "cuda":
-                        torch.cuda.current_stream(
-                            self.store.device
-                        ).synchronize()  # the copies still read the slots
+                if waiting[lane]:
                     reader.release()
                     self.ring_actor(lane // self.actors.lanes_per_actor)
-                count += taken
-        return count
+            self.store.expire(self.weights.version)  # before permit(), which sees the room it makes
+        return sum(waiting)
 
     def _take(self, lane: int, unroll: Unroll, raw: np.ndarray) -> None:
         if self.streams:
@@ -247,42 +248,39 @@ class Learner:
         ended = np.nonzero(unroll.episode_length)
         if len(ended[0]) == 0:
             return
-        rows, now = [], time.time()
+        rows, about = [], (f"{time.time():.3f}", self.env_steps, int(header.actor))
         for t, env in zip(*ended, strict=True):
             policy = int(unroll.policy[t, env])
             result = float(unroll.episode_return[t, env]), int(unroll.episode_length[t, env])
             self.episodes.add(policy, *result)
-            rows.append(
-                (
-                    f"{now:.3f}",
-                    self.env_steps,
-                    int(header.actor),
-                    self.policy_names[policy],
-                    *result,
-                )
-            )
+            rows.append((*about, self.policy_names[policy], *result))
         self.log.write_episodes(rows)
 
     def learn(self, most: int) -> int:
         """Up to `most` updates, as far as the rate limit allows; returns how many were made."""
         self.store.expire(self.weights.version)
-        count = min(most, self.store.updates_allowed())
-        for _ in range(count):
+        count = 0
+        while count < most and self.store.updates_allowed():
+            count += 1
             with self.shares.time("update"):
-                self.metrics = self.algorithm.update(self.store)
+                self.metrics = self.guard.update(self.algorithm, self.store) or self.metrics
             due = self.updates - self.published_updates >= self.config.publish_period
             if due and not self.turn_based:
                 self.publish()
+                self.store.expire(self.weights.version)
         return count
 
     def publish(self) -> None:
         """Give the current weights, and what schedules need, to whoever acts."""
         with self.shares.time("publish"):
+            self.guard.settle()
+            self.guard.check()
             back = self.weights.back()
             for name, tensor in self.model.state_dict().items():
                 np.copyto(back["model"][name], tensor.detach().cpu().numpy())
             back["context"]["env_steps"][...] = self.env_steps
             back["context"]["epoch"][...] = self.epoch
+            self.episodes.write_lengths(back["context"]["recent_lengths"])
             self.weights.publish()
         self.published_updates = self.updates
 
@@ -295,8 +293,13 @@ class Learner:
             own = self.readers[actor * lanes : (actor + 1) * lanes]
             permitted = min(reader.permitted for reader in own)
             ahead.append(permitted - min(reader.taken for reader in own))
-        budget = self.store.insert_limit() - self.env_steps - sum(ahead) * lanes * unroll
         most = min(slots + 1, self.store.limiter.rounds_ahead)
+        gone = [bool(ring.read(Word.GONE)) for ring in self.rings[::lanes]]
+        begun = sum(rounds for rounds, lost in zip(ahead, gone, strict=True) if not lost)
+        ahead = [most if lost else rounds for rounds, lost in zip(ahead, gone, strict=True)]
+        budget = self.store.insert_limit() - self.env_steps - begun * lanes * unroll
+        if not begun and not self.store.updates_allowed():
+            budget = max(budget, lanes * unroll)  # or nothing would ever come
         while budget >= lanes * unroll and min(ahead) < most:
             actor = int(np.argmin(ahead))
             self._permit(actor, 1)
@@ -385,6 +388,8 @@ class Learner:
                 "store": self.store.state_dict(),
                 "rng": torch.get_rng_state(),
             }
+            self.guard.settle()
+            self.guard.check()
             tensors, numbers = flatten(state)
             counters = {
                 "numbers": numbers,
@@ -447,9 +452,7 @@ class Learner:
         actor = dict(zip(ACTOR_SHARES, spent.tolist(), strict=True))
         waits = {"learner": learner.get("wait", 0.0), "actors": actor["wait"]}
         longer = max(waits, key=waits.__getitem__)
-        if (
-            self.lags
-        ):  # of the unrolls since the last row; where there were none, what was true then
+        if self.lags:  # of the unrolls since the last row; if there were none, what was true then
             lags = np.array(self.lags)
             self.lag = {"lag/min": lags.min(), "lag/mean": lags.mean(), "lag/max": lags.max()}
             self.lags.clear()
@@ -460,6 +463,8 @@ class Learner:
             "env_steps": self.env_steps,
             "total_env_steps": self.total_env_steps,
             "updates": self.updates,
+            "updates/skipped": self.guard.num_skipped,
+            "envs/rebuilt": sum(ring.read(Word.REBUILDS) for ring in self.rings),
             "episodes": self.episodes.num_episodes,
             **self.episodes.summary(),
             "rate/env_steps": self.rates["env_steps"].per_second_since_last(self.env_steps),

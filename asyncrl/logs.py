@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+LARGEST_BACKLOG = 20_000  # characters of events that could not be written
 EPISODE_COLUMNS = {  # of episodes.csv, with the type each is read back as
     "time": float, "env_steps": int, "actor": int, "policy": str, "return": float, "length": int,
 }  # fmt: skip
@@ -213,23 +214,27 @@ class EventLog:
 
     def __init__(self, path):
         self.path = Path(path)
+        self._unwritten = ""
 
     def event(self, kind: str, text: str, **fields) -> None:
-        """Append an event; `kind` is one word. Never raises when it cannot be written."""
+        """Append an event; `kind` is one word. Never raises when it cannot be written: the next
+        one brings it along, up to some thousand characters of them."""
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         first, *more = text.splitlines() or [""]
         # Two spaces part the text from the fields, so the text's first line must not have any.
         line = f"{now}  {kind:<10} {' '.join(first.split()) or '-'}"
         if fields:
             line += "  " + " ".join(f"{name}={_quoted(value)}" for name, value in fields.items())
-        data = "\n    ".join([line, *more]) + "\n"
+        data = self._unwritten + "\n    ".join([line, *more]) + "\n"
+        self._unwritten = data[: data.rfind("\n", 0, LARGEST_BACKLOG) + 1]
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a+b", buffering=0) as file:
                 size = file.tell()
                 if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
                     data = "\n" + data  # behind a write that was cut short
-                file.write(data.encode("utf-8", "backslashreplace"))
+                if file.write(data.encode("utf-8", "backslashreplace")):
+                    self._unwritten = ""
 
 
 def _quoted(value) -> str:

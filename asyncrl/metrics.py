@@ -83,19 +83,27 @@ class EpisodeStatistics:
 
     def summary(self) -> dict[str, float]:
         """Means, as metrics: `episode/return`, `episode/length` over the last `window` episodes,
-        and `episode/return/<policy>`. What has no episode yet is left out."""
+        and of both by policy, as `episode/return/NAME`. What has no episode yet is left out."""
         metrics = {}
         if self._all:
             metrics["episode/return"], metrics["episode/length"] = np.mean(self._all, axis=0)
         for policy, episodes in zip(self.policies, self._by_policy, strict=True):
             if episodes:
-                metrics[f"episode/return/{policy}"] = np.mean([r for r, _ in episodes])
+                means = np.mean(episodes, axis=0)
+                metrics[f"episode/return/{policy}"], metrics[f"episode/length/{policy}"] = means
         return {name: float(value) for name, value in metrics.items()}
 
     def recent_lengths(self, policy: int | str) -> np.ndarray:
         """Lengths in env steps of a policy's last episodes, oldest first: (<= window,) int64."""
         index = self.policies.index(policy) if isinstance(policy, str) else policy
         return np.array([length for _, length in self._by_policy[index]], dtype=np.int64)
+
+    def write_lengths(self, table: np.ndarray) -> None:
+        """Fill (policies, n) with each policy's last n lengths, and 0 where there are fewer."""
+        table[...] = 0
+        for policy, row in enumerate(table):
+            recent = self.recent_lengths(policy)[-len(row) :]
+            row[: len(recent)] = recent
 
     def state_dict(self) -> dict:
         """What a checkpoint keeps; JSON-able."""

@@ -18,6 +18,7 @@ from rich.panel import Panel as Frame
 from rich.table import Table
 from rich.text import Text
 
+from asyncrl.health import Life, health
 from asyncrl.logs import Event, parse_events
 from asyncrl.metrics import percent
 
@@ -75,6 +76,7 @@ class Panel:
         self._event_log = Tail(Path(run_folder) / "events.log")
         self._start_time, self._plain_time, self._unshown = time.time(), -math.inf, False
         self.events: deque[Event] = deque(maxlen=20)
+        self.life = Life()
         self._forget()
         self._stream = sys.stdout if stream is None else stream
         self._live = None
@@ -137,6 +139,7 @@ class Panel:
                 self._take({k: v for k, v in json.loads(line).items() if v is not None})
         events = parse_events(self._event_log.read()[0])
         self.events.extend(events)
+        self.life.take(events)
         return [event for event in events if event.time >= self._start_time]
 
     def _take(self, row: dict) -> None:
@@ -171,7 +174,10 @@ class Panel:
                 text += f" {name}={self.row[name]:.6g}"
         text += f" left={duration(left).replace(' ', '')}" if left is not None else ""
         words = self.row.get("bottleneck", "not known yet")
-        self._print(self.row.get("time", time.time()), f'{text} bottleneck="{words}"')
+        text += f' bottleneck="{words}"'
+        well, words = health(self.row, self.life, time.time())
+        text += "" if well or words.startswith("ended") else f' health="{words}"'
+        self._print(self.row.get("time", time.time()), text)
 
     def view(self, width: int, height: int) -> Frame:
         """The panel as a rich renderable that fits `width` x `height` characters."""
@@ -218,19 +224,19 @@ class Panel:
             text = Text.assemble(rates[0], " env steps/s · ", rates[1], " updates/s")
             progress.append(("speed", text))
             text.append(f" · {row['actors/alive']:.0f} actors")
-            if row["actors/restarts"]:
-                text.append(f" · restarts {row['actors/restarts']:.0f}", "yellow")
+            if restarts := sum(v for name, v in row.items() if name.endswith("/restarts")):
+                text.append(f" · restarts {restarts:.0f}", "yellow")
 
         now = number(self.returns[-1]) if self.returns else "no episode has ended yet"
         text = Text.assemble((sparkline(self.returns, width // 2), "green"), "  ", (now, "bold"))
         learning.append(("return", text))
         if self.returns and "episodes" in row:
             text.append(f"  {count(row['episodes'])} episodes", "bright_black")
-        names = [name for name in row if name.startswith("episode/return/")]
-        words = ((f"{name[15:]} ", (number(row[name]), "bold")) for name in names)
-        if names:
-            policies = Text(" · ").join(Text.assemble(*pair) for pair in words)
-            learning.append(("by policy", policies))
+        for label, prefix in (("by policy", "episode/return/"), ("lengths", "episode/length/")):
+            names = [name.removeprefix(prefix) for name in row if name.startswith(prefix)]
+            words = ((f"{name} ", (number(row[prefix + name]), "bold")) for name in names)
+            if names:
+                learning.append((label, Text(" · ").join(Text.assemble(*pair) for pair in words)))
         if self.evaluation:
             at, value = count(self.evaluation[0]), (number(self.evaluation[1]), "bold")
             learning.append(("evaluation", Text.assemble(value, f" at {at} env steps")))
@@ -253,6 +259,8 @@ class Panel:
         with suppress(KeyError):
             text = f"{row['log/dropped']:.0f} lines could not be written"
             flow.append(("logs", Text(text, "red")))
+        well, words = health(row, self.life, time.time())
+        flow.append(("health", Text(words, "green" if well else "red")))
 
         for label, side in (("learner", "time/learner/"), ("actors", "time/actor/")):
             shares = {n.removeprefix(side): row[n] for n in row if n.startswith(side)}

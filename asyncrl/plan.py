@@ -48,7 +48,7 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
     """Execute the launch file, build env and model once, and refuse what cannot work."""
     import torch
 
-    from asyncrl.actor import CONTEXT_FIELDS
+    from asyncrl.actor import context_fields
     from asyncrl.config import resolve
     from asyncrl.describe import describe
     from asyncrl.envs import make_envs
@@ -63,7 +63,9 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
     envs.close()
     model = config.model(observation_space, action_space)
     state = state_fields(model, config.algorithm.head, observation_space, action_space)
-    spec = Spec(actor.unroll_length, actor.envs_per_lane, observation_space, action_space, state)
+    num_states = getattr(config.algorithm, "num_states", 1)
+    sizes = actor.unroll_length, actor.envs_per_lane
+    spec = Spec(*sizes, observation_space, action_space, state, num_states)
     device = config.learner.resolved_device()
     store_device = config.algorithm.store_device
     for name in (str(device), actor.device, *({store_device} - {"auto"})):
@@ -73,9 +75,9 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
             raise ValueError(
                 f"expected a device that torch can use here, got {name!r}: {error}; use cpu or auto"
             ) from None
-    weights = weights_fields(model.state_dict(), CONTEXT_FIELDS)
-    store = config.algorithm.store_nbytes(model, spec, actor.num_lanes)
     mixture = as_mixture(config.policy)
+    weights = weights_fields(model.state_dict(), context_fields(len(mixture.names)))
+    store = config.algorithm.store_nbytes(model, spec, actor.num_lanes)
     num_processes = 1 if config.schedule == "serial" else 1 + actor.num_actors
     num_processes += config.evaluation.period_steps > 0
     memory = [

@@ -22,6 +22,7 @@ SHARE_COLORS = {
     "update": BLUE, "env": BLUE, "sync": SKY, "inference": SKY, "publish": PINK, "pull": PINK,
     "checkpoint": GREEN, "log": BLACK, "wait": AMBER, "rest": "#bbbbbb",
 }  # fmt: skip
+DASHES = ("-", "--", ":", "-.")
 STYLE = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.color": "#ebebeb", "axes.axisbelow": True, "axes.edgecolor": "#8a8a8a",
@@ -40,7 +41,7 @@ def plot(run_folders, output=None, by: str | None = None, group: bool = False) -
         run_folders: a run's folder, or several.
         output: the PNG to write; by default `plots/returns.png` in a single run's folder, and
             `plot.png` in the working directory for several runs.
-        by: "policy" draws a curve for each policy of the mix.
+        by: "policy" draws a curve for each policy of the mix, of returns and of episode lengths.
         group: runs whose config.json is equal but for the seed become one curve, the interquartile
             mean over runs at each number of env steps, with the runs' 25-75 % band.
 
@@ -61,7 +62,10 @@ def plot(run_folders, output=None, by: str | None = None, group: bool = False) -
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 6.2), layout="constrained")
         rows = figure.add_gridspec(2, 4, height_ratios=(2, 1), hspace=0.08)
-        _draw_returns(figure.add_subplot(rows[0, :]), list(groups.values()), by)
+        left = rows[0, :3] if by else rows[0, :]
+        _draw_returns(figure.add_subplot(left), list(groups.values()), by)
+        if by:
+            _draw_lengths(figure.add_subplot(rows[0, 3]), list(groups.values()))
         for i, draw in enumerate((_draw_speed, _draw_lag, _draw_time, _draw_loss)):
             axes = figure.add_subplot(rows[1, i])
             draw(axes, list(groups.values()))
@@ -110,12 +114,12 @@ class _Run:
         at, first = np.unique(at[known], return_index=True)
         return at, values[known][first]
 
-    def curve(self, policy: str | None) -> np.ndarray:
+    def curve(self, policy: str | None, column: str = "return") -> np.ndarray:
         episodes = self.episodes
         chosen = np.isfinite(episodes["return"])
         if policy is not None:
             chosen &= episodes["policy"] == policy
-        return smooth(episodes["env_steps"][chosen], episodes["return"][chosen])
+        return smooth(episodes["env_steps"][chosen], episodes[column][chosen])
 
 
 def _settings(config):
@@ -166,11 +170,10 @@ def _label(group: list[_Run]) -> str:
 def _draw_returns(axes, groups: list[list[_Run]], by: str | None) -> None:
     lines, evaluation = 0, "evaluation"
     for i, group in enumerate(groups):
-        names = {name for run in group for name in run.episodes["policy"]}
-        for j, policy in enumerate(sorted(names) if by else [None]):
+        for j, policy in enumerate(_policies(group) if by else [None]):
             steps, mean, low, high = _combine([run.curve(policy) for run in group])
             color = COLORS[(j if by else i) % len(COLORS)]
-            dashes = ("-", "--", ":", "-.")[(i if by else i // len(COLORS)) % 4]
+            dashes = DASHES[(i if by else i // len(COLORS)) % 4]
             label = " · ".join(filter(None, (_label(group) if len(groups) > 1 else "", policy)))
             label = label or (_label(group) if len(group) > 1 else "training")
             axes.plot(steps, mean, dashes, color=color, label=label, linewidth=1.8)
@@ -193,6 +196,22 @@ def _draw_returns(axes, groups: list[list[_Run]], by: str | None) -> None:
         axes.legend(loc="upper left")
     else:
         axes.text(0.5, 0.5, "no episode has ended yet", transform=axes.transAxes, ha="center")
+
+
+def _draw_lengths(axes, groups: list[list[_Run]]) -> None:
+    """By policy, in the colours and dashes that the returns' legend names."""
+    for i, group in enumerate(groups):
+        for j, policy in enumerate(_policies(group)):
+            steps, mean, low, high = _combine([run.curve(policy, "length") for run in group])
+            color = COLORS[j % len(COLORS)]
+            axes.plot(steps, mean, DASHES[i % 4], color=color)
+            axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+    axes.set(title="episode length", xlabel="env steps", ylabel="env steps")
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.yaxis.set_major_formatter(EngFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator(3))
+    axes.margins(x=0.01)
+    axes.set_ylim(bottom=0)
 
 
 def _draw_speed(axes, groups: list[list[_Run]]) -> None:
@@ -255,6 +274,10 @@ def _draw_loss(axes, groups: list[list[_Run]]) -> None:
             color = COLORS[j % len(COLORS)] if alone else color
             axes.plot(*run.binned(name), color=color, label=name[5:] if alone else None)
     axes.set(title="loss" if _alone(groups) or not names else f"loss/{names[0][5:]}")
+
+
+def _policies(group: list[_Run]) -> list[str]:
+    return sorted({name for run in group for name in run.episodes["policy"]})
 
 
 def _alone(groups: list[list[_Run]]) -> bool:

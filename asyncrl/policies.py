@@ -7,11 +7,13 @@ All arrays are numpy with a leading B, and a policy is vectorised over environme
 says where an episode opens, `step` (B) counts env steps of each episode, `context` is what the
 learner publishes beside the weights, `rng` is a counter-based generator made anew for every unroll.
 A policy sees no weights, keeps no statistics and knows no process; `log_prob` is that of the action
-under the behaviour that really chose it.
+under the behaviour that really chose it. A policy that refers to others of its mix by name has a
+`check(names)`, which refuses names that are not there. More policies: switch_policies.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,6 +29,8 @@ class Context(NamedTuple):
     env_steps: int  # the learner's count: the clock of schedules
     lane: int = 0
     num_lanes: int = 1
+    # By name in the mix: env steps of each policy's last episodes, up to 64, oldest first.
+    recent_lengths: Mapping[str, np.ndarray] = {}
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,8 @@ class Mixture:
             changes |= set(weight.boundaries) if isinstance(weight, Piecewise) else set()
         for env_steps in sorted(changes):
             self.weights(env_steps)
+        for part in self.parts:
+            getattr(part.policy, "check", lambda names: None)(self.names)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -19,13 +20,16 @@ from pathlib import Path
 
 import numpy as np
 
+from asyncrl.limits import usable_cores
 from asyncrl.logs import EventLog
 from asyncrl.plan import EXIT_FAILED, Plan, prepare_main
-from asyncrl.transport.ring import Ring
+from asyncrl.transport.ring import Ring, Word
 from asyncrl.transport.shared_memory import Doorbell, Segment, die_with_parent
 from asyncrl.transport.status import Status
 from asyncrl.transport.weights import WeightsBuffer, WeightsReader, WeightsWriter
 from asyncrl.types import Spec, fields_from_json
+
+MAX_ENV_FAILURES = 10  # of an actor's environments, without a whole unroll in between
 
 
 class Connections:
@@ -69,6 +73,7 @@ class Process:
     def make_actor(self, index: int, generation: int):
         from asyncrl.actor import Actor
         from asyncrl.envs import make_envs
+        from asyncrl.guards import GuardedEnvs
         from asyncrl.policies import as_mixture
 
         config, links = self.config, self.connections
@@ -80,7 +85,7 @@ class Process:
             WeightsReader(links.weights),
             self.make_model(),
             as_mixture(config.policy),
-            lambda: make_envs(config.env, config.actor.envs_per_lane),
+            lambda: GuardedEnvs(make_envs(config.env, config.actor.envs_per_lane)),
             config.seed,
             generation,
         )
@@ -113,11 +118,15 @@ class Process:
 def run_actor(process: Process, index: int, generation: int) -> None:
     import torch
 
+    from asyncrl.guards import EnvFailed
+
     config, links = process.config.actor, process.connections
     os.nice(config.nice)
     torch.set_num_threads(config.num_threads)
-    actor = process.make_actor(index, generation)
-    bell = links.actor_bells[index]
+    rebuilds = links.rings[index * config.lanes_per_actor].words[Word.REBUILDS :][:1]
+    actor = process.make_actor(index, generation + int(rebuilds[0]))
+    bell, events = links.actor_bells[index], EventLog(process.folder / "events.log")
+    failures = 0  # in a row
 
     def idle() -> bool:
         actor.idle()
@@ -125,12 +134,35 @@ def run_actor(process: Process, index: int, generation: int) -> None:
 
     try:
         while bell.wait_for(actor.may_begin, idle):
-            actor.play()
+            try:
+                actor.play()
+                failures = 0
+            except EnvFailed as error:
+                failures += 1
+                # Turns must be exact: all go back to the last checkpoint.
+                if failures > MAX_ENV_FAILURES or process.config.schedule != "async":
+                    raise
+                events.event("env", f"actor {index}: environments made anew: {error}")
+                rebuilds[0] += 1
+                rebuild(actor)
             links.learner_bell.ring()
             if links.status.stopping:
                 return
     finally:
         actor.close()
+
+
+def rebuild(actor) -> None:
+    """Let go of an actor's environments: its next unroll begins with new ones, behind a seam.
+
+    What it had not committed does not exist, so episodes that failed are in no statistics.
+    """
+    actor.generation += 1
+    for lane in actor.lanes:
+        if lane.envs is not None:
+            with contextlib.suppress(Exception):  # they have failed already
+                lane.envs.close()
+        lane.envs = None
 
 
 def run_learner(process: Process, index: int, generation: int) -> None:
@@ -158,6 +190,7 @@ def run_learner(process: Process, index: int, generation: int) -> None:
     else:
         learner.run_async(wait)
     learner.finish()
+    status.words[Status.DONE] = 1
 
 
 def run_serial(process: Process, index: int, generation: int) -> None:
@@ -180,6 +213,7 @@ def run_serial(process: Process, index: int, generation: int) -> None:
     announce(learner, learner.start(resume=True))
     learner.run_in_turns(play)
     learner.finish()
+    status.words[Status.DONE] = 1
     for actor in actors:
         actor.close()
 
@@ -187,7 +221,7 @@ def run_serial(process: Process, index: int, generation: int) -> None:
 def threads_for(model) -> int:
     """Torch threads that pay for learning a model: where layers are small, more only wait."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return len(os.sched_getaffinity(0)) if parameters >= 300_000 else 1
+    return usable_cores() if parameters >= 300_000 else 1
 
 
 def announce(learner, resumed: bool) -> None:
@@ -269,13 +303,14 @@ def child_main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable()
     if role == "prepare":
+        die_with_parent(os.getppid())
         return prepare_main(Path(rest[0]), Path(rest[1]), int(rest[2]), rest[3:])
     folder, parent, generation, fds = rest
     die_with_parent(int(parent))
     try:
         process = Process(Path(folder), json.loads(fds))
         ROLES[role](process, int(index), int(generation))
-    except Exception:
+    except (Exception, SystemExit):  # an environment may call exit()
         traceback.print_exc()
         return EXIT_FAILED
     return 0

@@ -44,11 +44,29 @@ class Piecewise:
         return self.values[int(np.searchsorted(self.boundaries, env_steps, side="right"))]
 
 
-Schedule = float | Linear | Piecewise
+@dataclass(frozen=True)
+class Exponential:
+    """From `start` on, multiplied by `factor` every `period` env steps, smoothly, down to `end`."""
+
+    start: float
+    end: float
+    factor: float
+    period: int
+
+    def __post_init__(self):
+        if not 0 < self.end <= self.start or not 0 < self.factor < 1 or self.period < 1:
+            raise ValueError(
+                "expected 0 < end <= start, 0 < factor < 1 and a period of at least 1 env step, "
+                f"got {self.start}, {self.end}, {self.factor} and {self.period}"
+            )
+
+    def at(self, env_steps: int) -> float:
+        return max(self.start * self.factor ** (env_steps / self.period), self.end)
+
+
+Schedule = float | Linear | Piecewise | Exponential
 
 
 def value_at(schedule: Schedule, env_steps: int) -> float:
     """The value of a constant or a schedule after `env_steps`."""
     return schedule.at(env_steps) if hasattr(schedule, "at") else float(schedule)
-
-

@@ -17,15 +17,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from asyncrl.folder import Refused, RunFolder, preflight
+from asyncrl.children import Child, usage_by_role
+from asyncrl.folder import Refused, RunFolder, leaving_at_once
 from asyncrl.logs import EventLog
 from asyncrl.plan import EXIT_FAILED, EXIT_REFUSED, Plan
+from asyncrl.preflight import preflight
 from asyncrl.transport.ring import Ring, Word
 from asyncrl.transport.shared_memory import Doorbell, Segment
 from asyncrl.transport.status import STATUS_BYTES, Status
@@ -36,6 +35,8 @@ STOP_SECONDS = 20.0  # for a checkpoint, after the first signal
 START_SECONDS, ACTOR_SECONDS, LEARNER_SECONDS = 120.0, 10.0, 300.0  # without a heartbeat
 MAX_RESTARTS, RESTART_WINDOW_SECONDS = 5, 600.0
 BACK_OFF_SECONDS, MAX_BACK_OFF_SECONDS = 0.5, 30.0
+PROVEN_UNROLLS = 10  # of each lane: an actor that has made them does not fail at its start
+USAGE_SECONDS = 5.0  # between two looks at what the processes take
 # glibc gives large blocks back to the system and fetches them again at every update; told not to,
 # a training step on a CPU takes about half the time.
 CHILD_ENVIRONMENT = {
@@ -59,40 +60,19 @@ def train(
     folder = runs / run_id
     try:
         with RunFolder(folder) as run:
-            plan = run.prepare(launch_file, options)
-            preflight(plan, folder)
-            run.begin(plan)
-            supervisor = Supervisor(folder, plan)
+            with leaving_at_once(signal.SIGTERM):
+                plan = run.prepare(launch_file, options)
+                preflight(plan, folder)
+                run.begin(plan)
+                supervisor = Supervisor(folder, plan)
             screen = display(folder, plan.total_env_steps)
             try:
                 return supervisor.run(screen.refresh)
             finally:
                 screen.close()
     except Refused as error:
-        for line in error.args:
-            print(f"asyncrl: {line}", file=sys.stderr)
+        _say(*error.args)
         return EXIT_REFUSED
-
-
-@dataclass
-class Child:
-    """One process of the run and its history."""
-
-    role: str
-    index: int
-    process: subprocess.Popen | None = None
-    pidfd: int = -1
-    started: float = 0.0
-    generation: int = -1  # grows with each start
-    deaths: list[float] = field(default_factory=list)
-    restart_at: float | None = None
-    last_beat: float = 0.0
-    cpu_seconds_at_beat: float = 0.0
-    gone: bool = False  # given up, or ended as it should
-
-    @property
-    def name(self) -> str:
-        return f"{self.role} {self.index}" if self.role == "actor" else self.role
 
 
 class Supervisor:
@@ -130,6 +110,7 @@ class Supervisor:
         self.signals: list[int] = []
         self.stop_deadline: float | None = None
         self.exit_status: int | None = None
+        self.usage_at = 0.0
 
     def run(self, refresh: Callable[[], None]) -> int:
         """Supervise until the learner is done, a signal comes or nothing can go on."""
@@ -153,6 +134,7 @@ class Supervisor:
                 self.status.words[Status.ALIVE] = sum(
                     child.role == "actor" and child.process is not None for child in self.children
                 )
+                self._measure()
                 refresh()
         finally:
             self._end_all()
@@ -177,7 +159,8 @@ class Supervisor:
         for child in self.children:
             if child.process is not None:
                 poll.register(child.pidfd, select.POLLIN)
-        soon = [child.restart_at for child in self.children if child.restart_at is not None]
+        due = (child.restart_at for child in self.children if not child.gone)
+        soon = [at for at in due if at is not None]
         timeout = min([1.0, *(max(at - time.monotonic(), 0) for at in soon)])
         for fd, _ in poll.poll(timeout * 1000):
             if fd == wake.fileno():
@@ -189,6 +172,7 @@ class Supervisor:
         child.generation += 1
         child.restart_at = None
         child.started = time.monotonic()
+        child.work_at_start = self._work(child)
         if child.role == "actor":
             for ring in self._rings_of(child):
                 ring.words[Word.BEAT] = 0
@@ -212,7 +196,8 @@ class Supervisor:
             )
         child.pidfd = os.pidfd_open(child.process.pid)
         verb = "started" if child.generation == 0 else "restarted"
-        self.status.words[Status.RESTARTS] += child.generation > 0
+        word = {"actor": Status.RESTARTS, "evaluator": Status.EVALUATOR_RESTARTS}
+        self.status.words[word.get(child.role, Status.LEARNER_RESTARTS)] += child.generation > 0
         self.events.event(
             verb, f"{child.name} {verb}", pid=child.process.pid, generation=child.generation
         )
@@ -239,13 +224,15 @@ class Supervisor:
                 continue
             code = child.process.returncode
             self._forget_process(child)
-            if code == 0:
+            learns = child.role in ("learner", "serial")
+            asked = self.status.words[Status.DONE] if learns else self.stop_deadline is not None
+            if code == 0 and asked:  # else something in it has called exit()
                 child.gone = True
-                if child.role in ("learner", "serial"):
+                if learns:
                     self.exit_status = 128 + self.signals[0] if self.signals else 0
             elif self.stop_deadline is not None:
                 child.gone = True
-                if child.role in ("learner", "serial"):
+                if learns:
                     self._report_death(child, code)
                     self.exit_status = EXIT_FAILED
             else:
@@ -269,11 +256,15 @@ class Supervisor:
         """Decide what becomes of a run whose child died unasked."""
         report = self._report_death(child, code)
         now = time.monotonic()
+        if self._has_worked(child):
+            child.deaths.clear()
         child.deaths = [at for at in child.deaths if now - at < RESTART_WINDOW_SECONDS] + [now]
         given_up = len(child.deaths) > MAX_RESTARTS
         back_off = min(BACK_OFF_SECONDS * 2 ** (len(child.deaths) - 1), MAX_BACK_OFF_SECONDS)
         if given_up:
             child.gone = True
+            for ring in self._rings_of(child) if child.role == "actor" else []:
+                ring.words[Word.GONE] = 1
             minutes = RESTART_WINDOW_SECONDS / 60
             times = f"{len(child.deaths)} times in {minutes:.0f} minutes"
             self.events.event("gave-up", f"{child.name} died {times}; not restarted")
@@ -282,10 +273,7 @@ class Supervisor:
             needed = child.role in ("learner", "serial") or (child.role == "actor" and turn_based)
             if needed or (child.role == "actor" and all(other.gone for other in actors)):
                 where = f"see {self.folder / 'events.log'}"
-                print(f"asyncrl: {report}", file=sys.stderr)
-                print(
-                    f"asyncrl: the run cannot go on without {child.name}; {where}", file=sys.stderr
-                )
+                _say(report, f"the run cannot go on without {child.name}; {where}")
                 self.exit_status = EXIT_FAILED
         elif self.plan.schedule == "async" or child.role == "evaluator":
             child.restart_at = now + back_off
@@ -300,6 +288,21 @@ class Supervisor:
                     other.restart_at, other.generation = now + back_off, -1
             self._clear_memory()
 
+    def _work(self, child: Child) -> int:
+        """A count that grows while a child does what it is there for."""
+        if child.role == "evaluator":
+            return int(self.status.numbers[Status.EVALUATION.index("eval/env_steps")])
+        if child.role == "actor" and self.plan.schedule == "async":
+            return min(ring.read(Word.HEAD) for ring in self._rings_of(child))
+        saved = (self.folder / "checkpoints").glob("checkpoint_" + 12 * "[0-9]")
+        return max((int(path.name[-12:]) for path in saved), default=-1)
+
+    def _has_worked(self, child: Child) -> bool:
+        """Whether it got on since its start: its earlier deaths are then forgiven, and one that
+        is killed now and then for a week is restarted for a week."""
+        unrolls = child.role == "actor" and self.plan.schedule == "async"
+        return self._work(child) - child.work_at_start >= (PROVEN_UNROLLS if unrolls else 1)
+
     def _clear_memory(self) -> None:
         """Make the segments as new, for children that will start from a checkpoint."""
         for ring in self.rings:
@@ -313,24 +316,12 @@ class Supervisor:
                 self._start(child)
 
     def _look_at_hearts(self) -> None:
-        """Kill what is alive but stuck; whoever is merely blocked keeps beating.
-
-        One that wants to run and is given no processor is not stuck either: while it is runnable,
-        the silence counts only as far as it was spent computing.
-        """
-        now = time.monotonic()
+        """Kill what is alive but stuck; whoever is merely blocked keeps beating."""
         for child in self.children:
             if child.process is None:
                 continue
-            beat, limit = self._last_beat(child)
-            if beat != child.last_beat:
-                child.last_beat, child.cpu_seconds_at_beat = beat, _cpu_seconds(child)
-            silent = now - max(beat, child.started)
-            limit = limit if beat > child.started else max(START_SECONDS, limit)
-            if silent < limit:
-                continue
-            computed = _cpu_seconds(child) - child.cpu_seconds_at_beat
-            if computed < 0.5 * limit and _is_runnable(child) and silent < 20 * limit:
+            silent = child.stuck_for(*self._last_beat(child), START_SECONDS)
+            if not silent:
                 continue
             self.events.event("stuck", f"{child.name} is stuck: no heartbeat for {silent:.0f} s",
                               pid=child.process.pid)  # fmt: skip
@@ -346,6 +337,15 @@ class Supervisor:
             return beat / 1e9, ACTOR_SECONDS
         word = Status.EVALUATOR_BEAT if child.role == "evaluator" else Status.LEARNER_BEAT
         return int(self.status.words[word]) / 1e9, LEARNER_SECONDS
+
+    def _measure(self) -> None:
+        """Say now and then what the processes take, for rows of metrics."""
+        if time.monotonic() - self.usage_at < USAGE_SECONDS:
+            return
+        self.usage_at = time.monotonic()
+        shared = sum(segment.nbytes for segment in (*self.segments.values(), *self.lanes))
+        taken = usage_by_role(self.children, shared)
+        self.status.usage[:] = [taken.get(name, 0.0) for name in Status.USAGE]
 
     # -- stopping --------------------------------------------------------------------------------
 
@@ -387,17 +387,8 @@ class Supervisor:
                 self._forget_process(child)
 
 
-def _cpu_seconds(child: Child) -> float:
-    with contextlib.suppress(psutil.Error):
-        times = psutil.Process(child.process.pid).cpu_times()
-        return times.user + times.system
-    return 0.0
-
-
-def _is_runnable(child: Child) -> bool:
-    """Whether a thread of it runs or waits for a processor, rather than being asleep or stopped."""
-    with contextlib.suppress(psutil.Error, OSError):
-        for task in Path(f"/proc/{child.process.pid}/task").iterdir():
-            if (task / "stat").read_text().rpartition(")")[2].split()[0] == "R":
-                return True
-    return False
+def _say(*lines: str) -> None:
+    """Tell the user, where somebody listens."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in lines:
+            print(f"asyncrl: {line}", file=sys.stderr, flush=True)

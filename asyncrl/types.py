@@ -60,7 +60,7 @@ class Unroll(NamedTuple):
     policy: Any  # (T, B) uint8: which policy of the mix acted
     episode_return: Any  # (T, B) float32, meaningful where episode_length > 0
     episode_length: Any  # (T, B) int32: env steps of the whole episode that ended here, else 0
-    state: Tree  # (S, B, *state): recurrent state before rows 0, T/S, 2T/S, ...
+    state: Tree  # (S, B, *state) before rows 0, T/S, ...; frames of a stack (1, B, ...): row 0's
     header: Header
 
 
@@ -149,6 +149,9 @@ class Spec:
             return tree_map(lambda field: Field((count, B, *field.shape), field.dtype), tree)
 
         flag, real = Field((), "bool"), Field((), "float32")
+        state = rows(S, self.state)
+        if isinstance(state, dict) and "frames" in state:  # later ones are found in obs
+            state["frames"] = rows(1, self.state["frames"])
         return Layout(
             Unroll(
                 obs=rows(T + 1, self.obs),
@@ -162,7 +165,7 @@ class Spec:
                 policy=rows(T, Field((), "uint8")),
                 episode_return=rows(T, real),
                 episode_length=rows(T, Field((), "int32")),
-                state=rows(S, self.state),
+                state=state,
                 header=Header(*(Field((), "int64") for _ in Header._fields)),
             )
         )

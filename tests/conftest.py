@@ -9,11 +9,11 @@ from tests.runs import Run
 
 @pytest.fixture
 def start(tmp_path):
-    """`start(run_id, launch_file, *options)` begins a real run; none outlives its test."""
+    """`start(run_id, launch_file, *options, ...)` begins a real run; none outlives its test."""
     runs: list[Run] = []
 
-    def start_run(run_id, launch_file, *options) -> Run:
-        runs.append(Run(tmp_path, run_id, launch_file, *options))
+    def start_run(run_id, launch_file, *options, **how) -> Run:
+        runs.append(Run(tmp_path, run_id, launch_file, *options, **how))
         return runs[-1]
 
     yield start_run

@@ -20,15 +20,32 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 class Run:
-    """`asyncrl train` on a launch file, in `runs`."""
+    """`asyncrl train` on a launch file, in `runs`.
 
-    def __init__(self, runs: Path, run_id: str, launch_file: Path | str, *options: object):
+    `constants` replaces numbers of asyncrl.supervisor, `prefix` is a command to run it by, and
+    `environment` goes to all its processes.
+    """
+
+    def __init__(
+        self,
+        runs: Path,
+        run_id: str,
+        launch_file: Path | str,
+        *options: object,
+        constants: dict | None = None,
+        prefix: tuple[str, ...] = (),
+        environment: dict | None = None,
+    ):
         self.folder = runs / run_id
-        command = [sys.executable, "-m", "asyncrl.cli", "train", str(launch_file), run_id]
-        environment = os.environ | {"ASYNCRL_RUNS": str(runs), "PYTHONPATH": str(REPOSITORY)}
+        program = ["-m", "asyncrl.cli"]
+        if constants:
+            code = f"import sys, asyncrl.supervisor as s; vars(s).update({constants!r}); "
+            program = ["-c", code + "from asyncrl.cli import main; sys.exit(main())"]
+        command = [*prefix, sys.executable, *program, "train", str(launch_file), run_id]
+        variables = {"ASYNCRL_RUNS": str(runs), "PYTHONPATH": str(REPOSITORY)}
         self.process = subprocess.Popen(
             [*command, *map(str, options)],
-            env=environment,
+            env=os.environ | variables | (environment or {}),
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -79,8 +96,8 @@ class Run:
 
     def metrics(self) -> list[dict]:
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines]
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def count(self, kind: str, text: str = "") -> int:
         """How many events of a kind have this text in them."""

@@ -12,8 +12,9 @@ class Stream:
     """One lane of B environments whose observation is its own moment number, unique in the run.
 
     Plays by the rules of the wire: an ended row is followed by a reset step, a lost life
-    (terminated, game goes on) is not. `moments` remembers each moment of each environment:
-    what was seen, whether it opened an episode, and what the row at that moment held.
+    (terminated, game goes on) is not. `rows` remembers each moment of each environment:
+    what was seen, whether it opened an episode, and what the row at that moment held. Where the
+    spec has a "memory", it says before which moment of which environment it is one.
     """
 
     def __init__(self, spec: Spec, lane: int, seed: int, frame_stack: int = 1):
@@ -36,13 +37,24 @@ class Stream:
         B = self.spec.num_envs
         return (self.lane * 1_000_000 + moment * 10 + np.arange(B)).astype(np.int32)
 
+    def memory_of(self, moment: int) -> dict:
+        """The state before a moment: a tree whose floats have an exact half."""
+        env = np.arange(self.spec.num_envs)
+        where = np.stack([env * 0 + moment % 2_000, 10 * self.lane + env], 1).astype(np.float32)
+        return {"where": where, "moment": (np.full(len(env), moment),)}
+
     def unroll(self, buffer):
         """Fill one unroll of the lane into `buffer` and return its views."""
         T, B = self.spec.unroll_length, self.spec.num_envs
         unroll = self.spec.layout.views(buffer)
         if self.k > 1:
             unroll.state["frames"][0] = self.frames
+        period = T // self.spec.num_states
         for t in range(T):
+            if t % period == 0 and "memory" in self.spec.state:
+                memory, slot = self.memory_of(self.moment), unroll.state["memory"]
+                slot["where"][t // period] = memory["where"]
+                slot["moment"][0][t // period] = memory["moment"][0]
             obs, first = self.obs_of(self.moment), self.first.copy()
             unroll.obs[t], unroll.first[t] = obs, first
             for env in range(B):
@@ -86,10 +98,11 @@ class Stream:
         return seen[::-1]
 
 
-def make_spec(unroll_length=5, num_envs=3, frame_stack=1) -> Spec:
+def make_spec(unroll_length=5, num_envs=3, frame_stack=1, num_states=1, recurrent=False) -> Spec:
     """A spec whose observation is one number."""
     low, high = np.iinfo(np.int32).min, np.iinfo(np.int32).max
     state = {"frames": Field((frame_stack - 1,), "int32")} if frame_stack > 1 else {}
-    return Spec(
-        unroll_length, num_envs, spaces.Box(low, high, (), np.int32), spaces.Discrete(6), state
-    )
+    if recurrent:
+        state["memory"] = {"where": Field((2,), "float32"), "moment": (Field((), "int64"),)}
+    obs = spaces.Box(low, high, (), np.int32)
+    return Spec(unroll_length, num_envs, obs, spaces.Discrete(6), state, num_states)

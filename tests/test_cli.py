@@ -16,11 +16,12 @@ from tests.runs import REPOSITORY
 
 LAUNCH_FILE = """
 from asyncrl.actor import ActorConfig
-from asyncrl.algorithms.dqn import DQNConfig, ReplayConfig
+from asyncrl.algorithms.dqn import DQNConfig
 from asyncrl.config import Config
 from asyncrl.envs import EnvConfig
 from asyncrl.evaluate import EvaluationConfig
 from asyncrl.models import ModelConfig
+from asyncrl.stores.replay import ReplayConfig
 
 config = Config(
     env=EnvConfig("CartPole-v1"),
@@ -70,7 +71,7 @@ def in_this_process(monkeypatch):
     def began(*arguments):
         raise AssertionError("expected a refusal, but the run began")
 
-    monkeypatch.setattr(folder, "_prepare_in_child", prepare_here)
+    monkeypatch.setattr(folder, "prepare_in_child", prepare_here)
     monkeypatch.setattr(supervisor, "Supervisor", began)
 
 
@@ -199,6 +200,10 @@ def test_a_resume_with_another_configuration(in_this_process, runs, launch_file,
     launch_file.write_text(LAUNCH_FILE.replace("(8,)", "(9,)"))
     assert "model.hidden: [8] -> [9]" in refusal(capfd, "train", launch_file, "x")
     assert files == {path: path.read_bytes() for path in runs.rglob("*.json")}
+    for name, content in (("config.json", ""), ("config.json", "[]"), ("launch.json", "{")):
+        (runs / "x" / name).write_text(content)
+        message = refusal(capfd, "train", launch_file, "x")
+        assert f"expected {runs / 'x' / name} as the run wrote it, got" in message
 
 
 @pytest.mark.parametrize("command", ["eval", "plot", "watch"])

@@ -1,4 +1,7 @@
-"""DQN: its loss by a slow formula, an update by hand, its Q values by an MDP solved by hand."""
+"""DQN: its loss by a slow formula, an update by hand, its Q values by an MDP solved by hand.
+
+The family's switches are in test_dqn_family, its losses alone in test_value_distributions.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,10 @@ import torch
 from gymnasium import spaces
 from torch import nn
 
-from asyncrl.algorithms.dqn import DQN, DQNConfig, ReplayConfig, double_q, dqn_loss
+from asyncrl.algorithms.dqn import DQN, DQNConfig, dqn_loss
+from asyncrl.algorithms.value_distributions import Return, greedy_return
 from asyncrl.policies import Linear
-from asyncrl.stores.replay import Sample
+from asyncrl.stores.replay import ReplayConfig, Sample
 from asyncrl.types import Field, Spec
 
 
@@ -56,7 +60,7 @@ def make_sample(
     terminated = first[0] if terminated is None else torch.tensor(terminated)
     return Sample(
         torch.tensor([obs]), first, {}, torch.tensor(action), reward, steps, terminated,
-        torch.tensor([next_obs]), first, {}, torch.ones(N),
+        torch.tensor([next_obs]), first, {}, torch.ones(N), torch.arange(N),
     )  # fmt: skip
 
 
@@ -81,28 +85,31 @@ def test_the_loss_and_its_gradient_by_a_slow_formula(huber):
         error = q[i, action[i]] - target[i]
         each = min(0.5 * error**2, abs(error) - 0.5) if abs(error) > 1 else 0.5 * error**2
         slope = max(-1.0, min(1.0, error))
-        loss += weight[i] * (each if huber else error**2) / weight.sum()
-        gradient[i, action[i]] = weight[i] * (slope if huber else 2 * error) / weight.sum()
+        count = (weight > 0).sum()  # importance weights make a batch's loss smaller, not relative
+        loss += weight[i] * (each if huber else error**2) / count
+        gradient[i, action[i]] = weight[i] * (slope if huber else 2 * error) / count
     q = torch.from_numpy(q).requires_grad_()
-    got, td_error = dqn_loss(q, *map(torch.from_numpy, (action, target, weight)), huber)
+    action, target, weight = map(torch.from_numpy, (action, target, weight))
+    got, td_error = dqn_loss({"q": q}, "q", action, Return(target.unsqueeze(1)), weight, huber)
     got.backward()
     np.testing.assert_allclose(got.item(), loss, rtol=1e-12)
     np.testing.assert_allclose(q.grad, gradient, rtol=1e-12)
-    chosen = q.detach()[torch.arange(N), torch.from_numpy(action)]
-    assert torch.equal(td_error, torch.from_numpy(target) - chosen) and not td_error.requires_grad
+    chosen = q.detach()[torch.arange(N), action]
+    assert torch.equal(td_error, target - chosen) and not td_error.requires_grad
 
 
 def test_a_batch_of_weight_zero_has_loss_zero():
     q = torch.ones(2, 2, requires_grad=True)
-    loss, _ = dqn_loss(q, torch.tensor([0, 1]), torch.zeros(2), torch.zeros(2), huber=True)
+    target, nothing = Return(torch.zeros(2, 1)), torch.zeros(2)
+    loss, _ = dqn_loss({"q": q}, "q", torch.tensor([0, 1]), target, nothing, huber=True)
     loss.backward()
     assert loss == 0 and not q.grad.any()
 
 
 def test_double_q_chooses_by_the_online_and_values_by_the_target_net():
     online, target = torch.tensor([[1.0, 2], [4, 3]]), torch.tensor([[10.0, 20], [30, 40]])
-    assert double_q(online, target, True).tolist() == [20, 30]
-    assert double_q(online, target, False).tolist() == [20, 40]
+    assert greedy_return({"q": target}, "q", online).values.tolist() == [[20], [30]]
+    assert greedy_return({"q": target}, "q", target).values.tolist() == [[20], [40]]
 
 
 def test_one_update_by_hand():
@@ -170,9 +177,9 @@ def test_the_learning_rate_follows_its_schedule_over_env_steps():
 SPEC = Spec(10, 4, spaces.Discrete(2), spaces.Discrete(2), {})
 
 
-def play(state: np.ndarray, ended: np.ndarray, first: np.ndarray, rng, sequence: int):
+def play(state: np.ndarray, ended: np.ndarray, first: np.ndarray, rng, sequence: int, spec=SPEC):
     """One unroll of a random policy in the MDP of the test below, by the rules of the wire."""
-    unroll = SPEC.layout.views(np.zeros(SPEC.layout.nbytes, np.uint8))
+    unroll = spec.layout.views(np.zeros(spec.layout.nbytes, np.uint8))
     unroll.header.sequence[...] = sequence
     for t in range(SPEC.unroll_length):
         action = rng.integers(0, 2, SPEC.num_envs)
@@ -252,6 +259,6 @@ def test_refusals():
             DQNConfig(**changes)
     with pytest.raises(ValueError, match="at least one batch of 32, got 31"):
         DQNConfig(replay=ReplayConfig(learning_starts=31))
-    memory = replace(SPEC, state={"lstm": Field((4,), "float32")})
-    with pytest.raises(ValueError, match=r"got state \['lstm'\] and frame_stack=1"):
-        make_dqn().store(memory, 1, 0)
+    stack = replace(SPEC, state={"frames": Field((1,), "int64")})
+    with pytest.raises(ValueError, match=r"got state .*frames.* and frame_stack=1"):
+        make_dqn().store(stack, 1, 0)

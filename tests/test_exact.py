@@ -12,7 +12,7 @@ from asyncrl.checkpoint import Checkpoints
 from tests.runs import Run
 
 LAUNCH_FILE = Path(__file__).parent / "launch_files" / "exact.py"
-ON_POLICY = Path(__file__).parent / "launch_files" / "exact_ppo.py"
+OTHERS = ["exact_ppo.py", "exact_family.py"]
 
 
 def last_checkpoint(folder: Path) -> tuple[dict, dict]:
@@ -78,15 +78,18 @@ def test_killed_and_resumed_equals_uninterrupted(what, uninterrupted, start):
     assert steps == sorted(steps)
 
 
-def test_on_policy_serial_equals_lockstep_killed_and_resumed(start):
-    """PPO with a frame stack, an LSTM, normalisers and a mix of policies: all of it is saved."""
-    serial = start("serial", ON_POLICY, "--schedule", "serial")
+@pytest.mark.parametrize("name", OTHERS)
+def test_serial_equals_lockstep_killed_and_resumed(name, start):
+    """PPO with a frame stack, an LSTM, normalisers and a mix of policies; DQN with all that draws
+    (noisy nets, IQN, prioritised sequences) and stored states that are refreshed."""
+    launch_file = LAUNCH_FILE.parent / name
+    serial = start("serial", launch_file, "--schedule", "serial")
     status, output = serial.finish()
     assert status == 0, output
-    run = start("killed", ON_POLICY)
+    run = start("killed", launch_file)
     run.wait_until(lambda: len(list((run.folder / "checkpoints").glob("checkpoint_*"))) > 2)
     run.kill_tree()
-    run = start("killed", ON_POLICY)
+    run = start("killed", launch_file)
     status, output = run.finish()
     assert status == 0, output
     assert run.count("learner", "resumed at")

@@ -16,6 +16,40 @@ from asyncrl.envs import EnvConfig, make_envs
 
 MASKED = "asyncrl/MaskedCartPole-v1"
 gym.register_envs(asyncrl.example_envs)
+ALL = sorted(name for name in gym.registry if name.startswith("asyncrl/"))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ALL)
+def test_gymnasium_s_own_check(name):
+    check_env(gym.make(name).unwrapped, skip_render_check=True)
+
+
+def record(env: gym.Env, seed: int, num_steps: int = 400) -> list:
+    """All that an environment says to actions drawn by `seed`, over several episodes."""
+    obs, _ = env.reset(seed=seed)
+    rng, said = np.random.default_rng(seed), [obs.tobytes()]
+    for _ in range(num_steps):
+        obs, *others, _ = env.step(int(rng.integers(env.action_space.n)))
+        said.append((obs.tobytes(), *others))
+        if any(others[1:]):
+            said.append(env.reset()[0].tobytes())
+    return said
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_equal_seeds_make_equal_games(name):
+    """Also in an environment that was played before."""
+    env, other = gym.make(name), gym.make(name)
+    first = record(env, 3)
+    assert record(other, 3) == first
+    assert record(env, 4) != first
+    assert record(env, 3) == first
+
+
+def test_all_are_listed():
+    words = asyncrl.example_envs.__doc__
+    assert len(ALL) == 6 and all(f"    {name} " in words for name in ALL)
 
 
 @pytest.mark.filterwarnings("error")

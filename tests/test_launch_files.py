@@ -14,12 +14,19 @@ LAUNCH_FILES = sorted((REPOSITORY / "launch").glob("*.py"))
 SMALL = ["--schedule", "serial", "--total-env-steps", 1500, "--evaluation.period-steps", 0]
 SMALL_REPLAY = ["--algorithm.replay.capacity", 2000, "--algorithm.replay.learning-starts", 1400]
 SMALL_ROLLOUT = ["--actor.unroll-length", 32]
+# Updates that take seconds on a CPU: two or three of them are enough.
+FEW_UPDATES = {
+    "breakout_ancestor": ["--algorithm.replay.samples-per-insert", 10],
+    "breakout_btr": ["--model.torso-width", 1, "--algorithm.num-acting-tau", 4,
+                     "--algorithm.replay.samples-per-insert", 2],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("launch_file", LAUNCH_FILES, ids=lambda path: path.stem)
 def test_launch_file_learns_a_little(launch_file: Path, start):
     from_replay = "ReplayConfig" in launch_file.read_text()
-    run = start("small", launch_file, *SMALL, *(SMALL_REPLAY if from_replay else SMALL_ROLLOUT))
+    options = [*SMALL, *(SMALL_REPLAY if from_replay else SMALL_ROLLOUT)]
+    run = start("small", launch_file, *options, *FEW_UPDATES.get(launch_file.stem, []))
     status, output = run.finish(110)
     assert status == 0, output
     last = run.metrics()[-1]

@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "asyncrl"
 
 LAYERS = [
-    {"types", "disk", "describe", "state", "schedules", "sampling", "example_envs"},
+    {"types", "disk", "describe", "state", "schedules", "sampling", "limits", "example_envs"},
     {
         "env_actions",
         "env_config",
@@ -18,6 +18,7 @@ LAYERS = [
         "envs",
         "models",
         "policies",
+        "switch_policies",
         "transport",
         "stores",
         "metrics",
@@ -25,10 +26,10 @@ LAYERS = [
     }
     | {"segments", "checkpoint"},
     {"algorithms"},
-    {"actor", "learner", "evaluate"},
+    {"actor", "learner", "evaluate", "guards"},
     {"config"},
-    {"plan", "folder", "run", "supervisor", "video"},
-    {"panel", "plots", "cli"},
+    {"plan", "folder", "preflight", "children", "run", "supervisor", "video"},
+    {"panel", "health", "plots", "doctor", "cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

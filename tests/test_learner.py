@@ -7,7 +7,7 @@ import pytest
 import torch
 from gymnasium.vector import SyncVectorEnv
 
-from asyncrl.actor import CONTEXT_FIELDS, Actor, ActorConfig
+from asyncrl.actor import Actor, ActorConfig, context_fields
 from asyncrl.algorithms.dqn import DQNConfig
 from asyncrl.env_config import EnvConfig
 from asyncrl.envs import make_envs
@@ -38,7 +38,7 @@ class Box:
         ]
         torch.manual_seed(1)
         model = self.make_model()
-        fields = weights_fields(model.state_dict(), CONTEXT_FIELDS)
+        fields = weights_fields(model.state_dict(), context_fields(1))
         self.weights = WeightsBuffer(bytearray(WeightsBuffer.nbytes(fields)), fields)
         replay = ReplayConfig(
             capacity=2_000, samples_per_insert=1, learning_starts=400, tolerance=tolerance
@@ -117,6 +117,29 @@ def test_stopped_in_warm_up_and_resumed(tmp_path):
     for _ in range(100):
         again.turn([actor])
     assert again.learner.updates > 0
+
+
+def test_recent_lengths_are_published_also_after_a_resume(tmp_path):
+    """Counted in the unrolls themselves; a resumed learner publishes what its checkpoint knows."""
+    box = Box(tmp_path, 1)
+    actor, lengths = box.make_actor(0), []
+    take = box.learner._take
+
+    def taken(lane, unroll, raw):
+        lengths.extend(unroll.episode_length[unroll.episode_length > 0].tolist())
+        take(lane, unroll, raw)
+
+    box.learner._take = taken
+    for _ in range(40):
+        box.turn([actor])
+    box.learner.publish()
+    actor._pull()
+    (row,) = box.learner.weights.front()["context"]["recent_lengths"].tolist()
+    assert row == lengths[-64:] and len(lengths) > 64
+    assert actor.recent_lengths["Random"].tolist() == row
+    box.learner.finish()
+    again = Box(tmp_path, 1, resume=True)
+    assert again.learner.weights.front()["context"]["recent_lengths"].tolist() == [row]
 
 
 def test_resumed_without_a_replay_it_is_filled_first(tmp_path):

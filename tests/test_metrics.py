@@ -77,10 +77,25 @@ def test_episode_statistics_are_bounded_and_by_policy():
         "episode/return": 2.5,  # of 3, 7, -2.5, the last three whoever played
         "episode/length": 25.0,
         "episode/return/greedy": 4.0,
+        "episode/length/greedy": 30.0,
         "episode/return/random": -2.5,
+        "episode/length/random": 5.0,
     }
     assert statistics.recent_lengths("greedy").tolist() == [20, 30, 40]
     assert statistics.recent_lengths(1).tolist() == [5]
+
+
+def test_recent_lengths_in_a_table():
+    statistics = EpisodeStatistics(("a", "b", "c"), window=6)
+    for i in range(9):
+        statistics.add(0, 0.0, 10 + i)
+    statistics.add(2, 0.0, 7)
+    table = np.full((3, 4), 99, np.int32)
+    statistics.write_lengths(table)
+    assert table.tolist() == [[15, 16, 17, 18], [0, 0, 0, 0], [7, 0, 0, 0]]
+    wide = np.full((3, 8), 99, np.int32)  # more than are kept
+    statistics.write_lengths(wide)
+    assert wide[0].tolist() == [13, 14, 15, 16, 17, 18, 0, 0]
 
 
 def test_episode_statistics_survive_a_checkpoint_and_a_changed_mix():
@@ -300,6 +315,23 @@ def test_event_log_never_raises(tmp_path):
     EventLog(tmp_path / "file" / "events.log").event("start", "nobody hears this")
     os.mkdir(tmp_path / "events.log")
     EventLog(tmp_path / "events.log").event("start", "nor this")
+
+
+def test_an_event_that_could_not_be_written_comes_with_the_next(tmp_path):
+    path = tmp_path / "events.log"
+    path.mkdir()
+    log = EventLog(path)
+    log.event("checkpoint", "not saved: no space\nleft on device", env_steps=3)
+    for _ in range(1_000):
+        log.event("checkpoint", "not saved")
+    path.rmdir()
+    log.event("checkpoint", "saved")
+    log.event("checkpoint", "saved again")
+    events = read_events(path)
+    assert events[0].text == "not saved: no space\nleft on device"
+    assert events[0].fields == {"env_steps": "3"}
+    assert [event.text for event in events[-2:]] == ["saved", "saved again"]
+    assert 100 < len(events) < 1_000
 
 
 @pytest.mark.parametrize(

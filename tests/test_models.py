@@ -15,6 +15,7 @@ from gymnasium.wrappers import FrameStackObservation
 from asyncrl.models import ModelConfig, Network
 from asyncrl.models.cores import LSTM, FrameStack
 from asyncrl.models.heads import ActorCriticHead, QHead
+from asyncrl.models.memory import states_before
 from asyncrl.models.normalizers import PopArt, RunningStatistics
 from asyncrl.models.torsos import NatureTorso, SmallImageTorso
 from asyncrl.state import flatten, unflatten
@@ -277,14 +278,56 @@ def test_the_lstm_is_called_once_for_each_stretch_without_a_cut():
     assert calls == [7, 12, 1]
 
 
+@pytest.mark.parametrize("frame_stack", [1, 2])
+def test_the_states_before_rows_are_those_of_a_model_called_in_pieces(frame_stack):
+    """By one call of a network, and by several of a model that has no `states`."""
+    T, B, rows = 13, 3, (2, 3, 9, 12)
+    torch.manual_seed(0)
+    model = ModelConfig(frame_stack, hidden=(16,), lstm=6)(VECTOR, spaces.Discrete(3))
+    obs, first = random_rows(VECTOR, T, B), random_first(T, B)
+    assert first[3:].any() and first[list(rows)].any()
+    start = tree_map(lambda part: torch.rand_like(part) - 0.5, model.initial_state(B))
+    outputs, states = states_before(model, obs, first, start, rows)
+    whole, end = model(obs, first, start)
+    assert torch.equal(whole["q"], model.states(obs, first, start, ())[0]["q"])
+    torch.testing.assert_close(outputs["q"], whole["q"])
+    assert set(states) == {"h", "c"}
+    for k, row in enumerate(rows):
+        _, want = model(obs[:row], first[:row], start)
+        for name in "hc":
+            torch.testing.assert_close(states[name][k], want[name])
+    outputs, again = states_before(Plain(model), obs, first, start, rows)
+    torch.testing.assert_close(outputs["q"], whole["q"])
+    for name in "hc":
+        torch.testing.assert_close(again[name], states[name])
+    assert set(again) == set(states) and set(end) == set(start)
+
+
+class Plain(torch.nn.Module):
+    """A user's model: nothing but the contract."""
+
+    def __init__(self, model: Network):
+        super().__init__()
+        self.model = model
+
+    def forward(self, obs, first, state):
+        return self.model(obs, first, state)
+
+
 def test_an_lstm_serves_a_q_head_and_computes_in_float32():
     torch.manual_seed(0)
     model = ModelConfig(hidden=(16,), lstm=6)(VECTOR, spaces.Discrete(3))
     obs, first = random_rows(VECTOR, 7, 2), random_first(7, 2)
-    seen = []
-    model.lstm.register_forward_hook(lambda _, inputs, output: seen.append((inputs, output)))
+    seen, run = [], model.lstm.states
+
+    def watched(*inputs):
+        seen.append((inputs[:3], run(*inputs)))
+        return seen[-1][1]
+
+    model.lstm.states = watched
     with torch.autocast("cpu", torch.bfloat16):
         outputs, state = model(obs, first, model.initial_state(2))
+    model.lstm.states = run
     assert outputs["q"].shape == (7, 2, 3) and outputs["q"].dtype == torch.float32
     inputs, (features, _) = seen[0]
     assert torch.equal(inputs[0], inputs[0].bfloat16().float())  # the torso did save bits

@@ -18,7 +18,8 @@ from asyncrl.panel import Panel, Tail, count, duration, sparkline, stacked
 
 ROW = {
     "env_steps": 250_000, "elapsed_seconds": 100.0, "episodes": 4000, "episode/return": 21.5,
-    "episode/return/greedy": 30.0, "rate/env_steps": 2500.0, "rate/updates": 600.0, "lag/min": 0,
+    "episode/return/greedy": 30.0, "episode/length/greedy": 812.4, "rate/env_steps": 2500.0,
+    "rate/updates": 600.0, "lag/min": 0,
     "lag/mean": 1.5, "lag/max": 4, "ring/fill": 0.25, "replay/fill": 1.0, "limiter/target": 8.0,
     "limiter/samples_per_insert": 7.98, "limiter/waiting": "actors", "time/learner/update": 0.8,
     "time/learner/wait": 0.05, "time/actor/env": 0.4, "time/actor/wait": 0.6, "actors/alive": 4,
@@ -80,6 +81,7 @@ def test_view_says_what_matters_within_80_by_24(tmp_path):
     for words in (
         "breakout", " 50 %", "500,000 of 1 M env steps · 3 min left · 3 min so far",
         "2,500 env steps/s · 600 updates/s · 4 actors", "21.5  4,000 episodes", "greedy 30.0",
+        "greedy 812.4",
         "33.0 at 200,000 env steps", "25 %", "100 %", "7.98 samples per insert, target 8",
         "actors wait", "1.5 versions on average, 0 to 4", "update 80 %", "wait 60 %",
         "learner: 80 % of its time in updates", "9 died: signal SIGKILL", "8 restarted [with br",

@@ -1,4 +1,4 @@
-"""Returns and distributions beside other libraries' of the same name, where those are installed.
+"""Returns, losses and distributions beside other libraries' of the same name, where installed.
 
     pip install -e '.[test,peers]'
     pytest tests/test_peers.py
@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from asyncrl.algorithms import value_distributions as vd
 from asyncrl.algorithms.distributions import entropy, log_prob
 from asyncrl.algorithms.returns import gae, n_step, td_advantage, vtrace
+from asyncrl.models.return_heads import C51, IQN, QR
 from tests.test_distributions import HIGH, LOW, box, multi_discrete, rng, squash
 from tests.test_returns import Rows, random_rows, wire_rows
 
@@ -101,6 +103,76 @@ def test_rlax_vtrace(rlax, rows, lambda_):
     if lambda_ == 1:
         assert_same(ours, advantage, rows)
         assert_same(td_advantage(reward, target, *rest[1:]), plain, rows)
+
+
+def test_rlax_value_rescaling(rlax):
+    """Its inverse, in float32, has lost some digits of small numbers."""
+    x = torch.cat([-torch.logspace(-2, 5, 50), torch.logspace(-2, 5, 50)])
+    theirs = rlax.signed_hyperbolic(x.numpy()), rlax.signed_parabolic(x.numpy())
+    np.testing.assert_allclose(vd.rescale(x), theirs[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(vd.unrescale(x), theirs[1], rtol=3e-4, atol=3e-4)
+
+
+ACTIONS, ATOMS = 4, C51(11, -3.0, 3.0)
+
+
+def transitions(N: int = 12):
+    """(action, reward, discount, chooser (N, A)): some end, some go beyond the atoms."""
+    generator = rng(20)
+    action = torch.randint(0, ACTIONS, (N,), generator=generator)
+    reward = torch.randn(N, generator=generator) * 2
+    discount = 0.9 * (torch.rand(N, generator=generator) < 0.8).float()
+    return action, reward, discount, torch.randn(N, ACTIONS, generator=generator)
+
+
+def td_loss(head, outputs, following, q, action, reward, discount, huber=True) -> np.ndarray:
+    """(N,) losses of ours of double Q-learning."""
+    behind = vd.greedy_return(following, head, q)
+    values = reward.unsqueeze(1) + discount.unsqueeze(1) * behind.values
+    return vd.return_loss(outputs, head, action, behind._replace(values=values), huber)[0].numpy()
+
+
+def test_rlax_categorical_double_q_learning(rlax):
+    """Ours is less the entropy of the target, which has no gradient."""
+    action, reward, discount, q = transitions()
+    logits, following = torch.randn(2, len(action), ACTIONS, ATOMS.num_atoms, generator=rng(21))
+    ours = td_loss(
+        ATOMS, {"logits_of_return": logits}, {"logits_of_return": following}, q, action, reward,
+        discount,
+    )  # fmt: skip
+    atoms = ATOMS.atoms().numpy()
+    for i in range(len(action)):
+        theirs = rlax.categorical_double_q_learning(
+            atoms, logits[i].numpy(), int(action[i]), float(reward[i]), float(discount[i]), atoms,
+            following[i].numpy(), q[i].numpy(),
+        )  # fmt: skip
+        target = rlax.categorical_l2_project(
+            float(reward[i]) + float(discount[i]) * atoms,
+            following[i, int(q[i].argmax())].softmax(-1).numpy(), atoms,
+        )  # fmt: skip
+        target = np.asarray(target, np.float64)
+        kept = target[target > 0]
+        assert ours[i] == pytest.approx(float(theirs) + (kept * np.log(kept)).sum(), abs=2e-5)
+
+
+@pytest.mark.parametrize("head", [QR(8), IQN(8, 5)], ids=str)
+@pytest.mark.parametrize("huber", [True, False])
+def test_rlax_quantile_q_learning(rlax, head, huber):
+    action, reward, discount, _ = transitions()
+    quantiles, following, chooser = torch.randn(3, len(action), ACTIONS, 8, generator=rng(22))
+    outputs = {"quantiles": quantiles}
+    taus = ((torch.arange(8) + 0.5) / 8).expand(len(action), 8)
+    if isinstance(head, IQN):
+        outputs["taus"] = taus = torch.rand(len(action), 8, generator=rng(23))
+    ours = td_loss(
+        head, outputs, {"quantiles": following}, chooser.mean(-1), action, reward, discount, huber
+    )
+    for i in range(len(action)):
+        theirs = rlax.quantile_q_learning(
+            quantiles[i].T.numpy(), taus[i].numpy(), int(action[i]), float(reward[i]),
+            float(discount[i]), chooser[i].T.numpy(), following[i].T.numpy(), float(huber),
+        )  # fmt: skip
+        assert ours[i] == pytest.approx(float(theirs), rel=1e-5)
 
 
 # -- TorchRL: (B, T, 1), both kinds of end ------------------------------------------------------

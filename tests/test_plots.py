@@ -85,6 +85,23 @@ def test_one_run_goes_into_its_folder(tmp_path, figures):
 def test_by_policy(tmp_path, figures):
     plot(make_run(tmp_path / "run"), by="policy")
     assert set(lines(figures[0])) == {"greedy", "random", "evaluation"}
+    returns, lengths = figures[0].axes[:2]
+    assert lengths.get_title("left") == "episode length"
+    curves = [line.get_ydata() for line in lengths.get_lines()]
+    assert len(curves) == 2 and all(set(curve) == {5.0} for curve in curves)
+    colors = [line.get_color() for line in lengths.get_lines()]
+    assert colors == [line.get_color() for line in returns.get_lines()[:2]]
+
+
+def test_by_policy_of_several_runs_tells_runs_by_dashes_and_policies_by_colour(tmp_path, figures):
+    runs = [make_run(tmp_path / "a", level=1.0), make_run(tmp_path / "b", level=2.0)]
+    plot(runs, tmp_path / "plot.png", by="policy")
+    assert {"a · greedy", "a · random", "b · greedy", "b · random"} <= set(lines(figures[0]))
+    for axes in figures[0].axes[:2]:
+        kinds = {(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}
+        kinds = {(color, dashes) for color, dashes in kinds if dashes != "None"}  # evaluations
+        assert len(kinds) == 4
+        assert len({color for color, _ in kinds}) == len({dashes for _, dashes in kinds}) == 2
 
 
 def test_several_runs_are_a_line_each(tmp_path, figures, monkeypatch):

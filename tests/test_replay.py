@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from asyncrl.schedules import Linear
 from asyncrl.stores.limiter import RateLimiter
-from asyncrl.stores.replay import Replay
+from asyncrl.stores.replay import Replay, ReplayConfig
+from asyncrl.types import tree_leaves
 from tests.streams import Stream, make_spec
 
 
@@ -154,11 +156,28 @@ def test_a_lane_that_stands_still_is_not_replayed_for_ever():
         assert {where(number)[0] for number in replay.sample().obs[0].tolist()} == {0}
 
 
-def test_unrolls_inserted_again_rebuild_the_same_replay():
+def test_a_lane_that_expired_while_it_stood_still_goes_on_with_what_is_new():
+    spec = make_spec()
+    streams = [Stream(spec, lane, seed=1) for lane in range(2)]
+    replay = make_replay(spec, capacity=100, n_step=3)
+    buffer = np.zeros(spec.layout.nbytes, np.uint8)
+    replay.insert(1, streams[1].unroll(buffer))
+    begun = streams[1].moment
+    for _ in range(12):
+        replay.insert(0, streams[0].unroll(buffer))
+    replay.insert(1, streams[1].unroll(buffer))
+    drawn = {where(n) for _ in range(50) for n in replay.sample().obs[0].tolist()}
+    assert {lane for lane, _, _ in drawn} == {0, 1}
+    assert min(moment for lane, moment, _ in drawn if lane) >= begun
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.6])
+def test_unrolls_inserted_again_rebuild_the_same_replay(exponent):
     """Restored from the live unrolls only, the same draws follow, bit for bit."""
     spec = make_spec(frame_stack=4)
     streams = [Stream(spec, lane, seed=3, frame_stack=4) for lane in range(2)]
-    replay = make_replay(spec, frame_stack=4, n_step=3)
+    options = dict(frame_stack=4, n_step=3, priority_exponent=exponent)
+    replay = make_replay(spec, **options)
     log = []
     rng = np.random.default_rng(1)
     for round_ in range(50):
@@ -168,22 +187,160 @@ def test_unrolls_inserted_again_rebuild_the_same_replay():
             buffer = np.zeros(spec.layout.nbytes, np.uint8)
             log.append((lane, buffer, replay.position()))
             replay.insert(lane, stream.unroll(buffer))
+            replay.update_priorities(replay.sample().index, torch.randn(32))
     kept = log[-len(replay.unrolls) :]
     assert len(kept) < len(log)
-    twin = make_replay(spec, frame_stack=4, n_step=3)
+    twin = make_replay(spec, **options)
     twin.restart_at(kept[0][2])
     for lane, buffer, _ in kept:
         twin.insert(lane, spec.layout.views(buffer))
     twin.load_state_dict(replay.state_dict())
     for _ in range(40):
         buffer = np.zeros(spec.layout.nbytes, np.uint8)
+        errors = torch.randn(32)
         for lane, stream in enumerate(streams):
             unroll = stream.unroll(buffer)
             replay.insert(lane, unroll)
             twin.insert(lane, unroll)
-        for ours, theirs in zip(replay.sample(), twin.sample(), strict=True):
-            ours, theirs = (x.get("frames") if isinstance(x, dict) else x for x in (ours, theirs))
+        samples = [store.sample() for store in (replay, twin)]
+        for ours, theirs in zip(*map(tree_leaves, samples), strict=True):
             assert torch.equal(ours, theirs)
+        for store, sample in zip((replay, twin), samples, strict=True):
+            store.update_priorities(sample.index, errors)
+
+
+# -- priorities ------------------------------------------------------------------------------------
+
+
+class Priorities:
+    """A prioritised replay with lanes that restart, and a slow account of what it must hold."""
+
+    def __init__(self, **options):
+        self.spec = make_spec(frame_stack=3)
+        self.streams = [Stream(self.spec, lane, seed=8, frame_stack=3) for lane in range(2)]
+        settings = dict(frame_stack=3, n_step=2, priority_exponent=0.6) | options
+        self.replay = make_replay(self.spec, **settings)
+        self.largest, self.priority = 1.0, {}  # by observation
+        self.rng = np.random.default_rng(0)
+
+    def round(self) -> None:
+        """An unroll of each lane; what can be drawn comes in with the largest priority so far."""
+        buffer = np.zeros(self.spec.layout.nbytes, np.uint8)
+        for lane, stream in enumerate(self.streams):
+            if self.rng.random() < 0.1:
+                stream.restart()
+            self.replay.insert(lane, stream.unroll(buffer))
+            drawable = set(self.replay.obs[self.replay.selection.drawable].tolist())
+            self.priority = {n: self.priority.get(n, self.largest) for n in drawable}
+
+    def learn(self, sample, errors: torch.Tensor) -> None:
+        self.replay.update_priorities(sample.index, errors)
+        for number, error in zip(sample.obs[0].tolist(), errors.tolist(), strict=True):
+            priority = (abs(error) + 1e-6) ** 0.6
+            if number in self.priority and np.isfinite(priority):
+                self.priority[number] = priority
+                self.largest = max(self.largest, priority)
+
+    def check(self) -> None:
+        replay, leaves = self.replay, self.replay.selection.priority
+        held = dict(zip(replay.obs[leaves > 0].tolist(), leaves[leaves > 0].tolist(), strict=True))
+        assert held == pytest.approx(self.priority, rel=1e-5)
+        total = replay.selection.tree.total()
+        assert total == pytest.approx(float(leaves.double().sum()), rel=1e-12)
+
+
+def test_priorities_follow_what_is_learned_and_what_comes_in():
+    """Entering, updates with duplicates and bad errors, write-backs that come too late."""
+    slow = Priorities()
+    late, num_late = None, 0
+    for round_ in range(50):
+        slow.round()
+        slow.check()
+        sample = slow.replay.sample()
+        drawn = sample.obs[0].tolist()
+        error_of = {number: 3 * slow.rng.normal() for number in drawn}  # also of duplicates
+        error_of[drawn[0]] = [float("nan"), float("inf"), 0.0, -5.0][round_ % 4]
+        errors = torch.tensor([error_of[number] for number in drawn])
+        slow.learn(sample, errors)
+        slow.check()
+        if round_ % 5 == 0:
+            late = sample
+        elif round_ % 5 == 4:
+            num_late += len(set(late.obs[0].tolist()) - set(slow.priority))
+            slow.learn(late, torch.full((32,), 2.0))
+            slow.check()
+    assert num_late > 50 and len(slow.priority) > 100
+
+
+def test_duplicates_in_one_update_leave_one_of_their_values():
+    slow = Priorities()
+    for _ in range(10):
+        slow.round()
+    sample = slow.replay.sample()
+    three = type(sample.index)(*(part[[4, 4, 4, 9]] for part in sample.index))
+    slow.replay.update_priorities(three, torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    leaves = slow.replay.selection.priority
+    assert leaves[slow.replay.obs == sample.obs[0, 4]] == pytest.approx(3**0.6, rel=1e-5)
+    total = slow.replay.selection.tree.total()
+    assert total == pytest.approx(float(leaves.double().sum()), rel=1e-12)
+
+
+def test_rows_are_drawn_in_proportion_and_weighed_against_it():
+    slow = Priorities(importance_exponent=Linear(0.4, 1.0, 300))
+    for _ in range(25):
+        slow.round()
+        slow.learn(slow.replay.sample(), torch.randn(32))
+    for _ in range(20):
+        sample = slow.replay.sample()
+        slow.learn(sample, 1.0 + sample.obs[0] % 7)
+    priority, counts = slow.priority, dict.fromkeys(slow.priority, 0)
+    exponent = Linear(0.4, 1.0, 300).at(slow.replay.limiter.inserted)
+    assert exponent == 1.0
+    for _ in range(500):
+        sample = slow.replay.sample()
+        drawn = sample.obs[0].tolist()
+        want = np.array([priority[number] for number in drawn]) ** -exponent
+        assert sample.weight.tolist() == pytest.approx((want / want.max()).tolist(), rel=1e-5)
+        for number in drawn:
+            counts[number] += 1
+    total, num_draws = sum(priority.values()), 16_000
+    expected = {number: num_draws * value / total for number, value in priority.items()}
+    often = [number for number in expected if expected[number] > 5]
+    chi_square = sum((counts[n] - expected[n]) ** 2 / expected[n] for n in often)
+    assert len(often) > 50  # stratified draws vary less than independent ones
+    assert chi_square < len(often) + 5 * np.sqrt(2 * len(often))
+
+
+def test_uniform_draws_take_no_notice_of_errors():
+    spec = make_spec()
+    replay, stream = make_replay(spec, num_lanes=1, capacity=100), Stream(spec, 0, seed=1)
+    for _ in range(5):
+        replay.insert(0, stream.unroll(np.zeros(spec.layout.nbytes, np.uint8)))
+    sample = replay.sample()
+    replay.update_priorities(sample.index, torch.full((32,), float("nan")))
+    assert (replay.sample().weight == 1).all() and "priority" not in replay.state_dict()
+
+
+def test_memory_is_what_nbytes_says():
+    for exponent in (0.0, 0.6):
+        replay = Priorities(priority_exponent=exponent).replay
+        columns = [
+            replay.obs, replay.action, replay.reward, replay.first, replay.terminated,
+            replay.truncated, replay.valid, replay.selection.drawable,
+        ]  # fmt: skip
+        if exponent:
+            columns += [replay.selection.tree.blocks, replay.selection.tree.sums]
+        held = sum(column.numel() * column.element_size() for column in columns)
+        assert Replay.nbytes(replay.spec, 2, 200, 3, 2, priority_exponent=exponent) == held
+
+
+@pytest.mark.parametrize("field, value", [
+    ("priority_exponent", -0.1), ("priority_exponent", 1.1), ("priority_exponent", float("nan")),
+    ("importance_exponent", 2.0), ("state_dtype", "bfloat16"),
+])  # fmt: skip
+def test_settings_that_mean_nothing_are_refused(field, value):
+    with pytest.raises(ValueError, match=f"expected.*{field}.*got"):
+        ReplayConfig(**{field: value})
 
 
 def test_refusals():

@@ -73,7 +73,7 @@ def test_shapes_are_time_major_with_one_row_more_to_bootstrap_from():
     assert unroll.first == Field((7, 3), "bool")
     assert unroll.action == Field((6, 3, 2), "int64")
     assert unroll.valid == Field((6, 3), "bool")
-    assert unroll.state["frames"] == Field((2, 3, 3, 7), "uint8")
+    assert unroll.state["frames"] == Field((1, 3, 3, 7), "uint8")  # the others are in obs
     assert unroll.state["lstm"][1] == Field((2, 3), "int64")
     # A cache line of flags, then 130 bytes in three lines.
     assert Layout((Field((1,), "bool"), Field((65,), "int16"))).nbytes == 64 + 192

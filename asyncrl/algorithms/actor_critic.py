@@ -91,7 +91,7 @@ def evaluate(model: nn.Module, rollout: Rollout, rows: int) -> tuple[Tensor, Ten
     About `rows` observations at a time go through the net, whole sequences always.
     """
     T, N = rollout.action.shape[:2]
-    columns = max(1, rows // (T + 1))
+    columns = max(1, rows // T)
     values, log_probs = [], []
     with torch.no_grad():
         for begin in range(0, N, columns):

@@ -1,134 +1,58 @@
-"""DQN: Q-learning from replay (Mnih et al. 2015), double (van Hasselt et al. 2016), n-step."""
+"""DQN and its family (Mnih et al. 2015): one update, whose switches stand in `dqn_config`.
+
+Double (van Hasselt et al. 2016), dueling (in the model), n-step, prioritised, noisy and C51 are
+Rainbow (Hessel et al. 2018). QR-DQN and IQN: Dabney et al. 2018. Munchausen: Vieillard et al.
+2020. Sequences with stored states, burn-in and rescaling: R2D2 (Kapturowski et al. 2019).
+"""
 
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from asyncrl.algorithms.gradient import GradientStep, check_gradient_settings
+from asyncrl.algorithms import value_distributions as vd
+from asyncrl.algorithms.dqn_config import DQNConfig, is_recurrent
+from asyncrl.algorithms.gradient import GradientStep
 from asyncrl.algorithms.returns import n_step_return
-from asyncrl.models.precision import Precision, computes_in_bfloat16
-from asyncrl.policies import EpsilonGreedy
-from asyncrl.stores.limiter import RateLimiter
-from asyncrl.stores.replay import Replay, ReplayConfig, Sample
-from asyncrl.types import Spec, tree_map
+from asyncrl.models.layers import noisy_layers
+from asyncrl.models.memory import states_before
+from asyncrl.models.precision import computes_in_bfloat16
+from asyncrl.stores.replay import Replay
+from asyncrl.types import Spec, Tree, tree_map
+
+__all__ = ["DQN", "DQNConfig", "dqn_loss"]
 
 
-@dataclass(frozen=True)
-class DQNConfig:
-    """Q-learning; the switches make its family."""
+class Batch(NamedTuple):
+    """What one update learns from, (N,) transitions or (L, N) of sequences: `..` below."""
 
-    gamma: float = 0.99
-    """Discount an env step."""
-    n_step: int = 1
-    """Rewards in a target before it bootstraps."""
-    double: bool = True
-    """Choose the next action by the online net, value it by the target net."""
-    huber: bool = True
-    """Linear loss for TD errors above 1; else squared."""
-    reward_clip: float = 1.0
-    """Clip rewards to [-reward_clip, reward_clip] (0: as they are)."""
-    batch_size: int = 32
-    learning_rate: Any = 1e-4
-    """A number, or a schedule over env steps."""
-    adam_eps: float = 1.5e-4
-    max_grad_norm: float = 10.0
-    """Clip the gradient's norm (0: as it is)."""
-    target_period: int = 2_000
-    """Updates between copies to the target net (hard), or 1 with a small `polyak`."""
-    polyak: float = 1.0
-    """Share of the online net that enters the target net at each copy; 1 is a hard copy."""
-    precision: Precision = "auto"
-    """What the network computes in while learning; weights stay float32. auto: bfloat16 where the
-    hardware multiplies it."""
-    replay: ReplayConfig = field(default_factory=ReplayConfig)
-
-    head = "q"  # what a built-in model gets on top
-    store_name = "replay"
-    publish_period = 8  # updates between publications, unless the learner is told otherwise
-
-    def __post_init__(self):
-        if not 0 <= self.gamma <= 1 or not 0 < self.polyak <= 1 or self.n_step < 1:
-            raise ValueError(
-                "expected 0 <= gamma <= 1, 0 < polyak <= 1 and n_step >= 1, got "
-                f"{self.gamma}, {self.polyak} and {self.n_step}"
-            )
-        if self.target_period < 1 or self.batch_size < 1:
-            raise ValueError(
-                "expected target_period >= 1 and batch_size >= 1, got "
-                f"{self.target_period} and {self.batch_size}"
-            )
-        check_gradient_settings(self.learning_rate, self.max_grad_norm)
-        if self.reward_clip < 0:
-            raise ValueError(f"expected reward_clip of at least 0, got {self.reward_clip}")
-        if self.replay.learning_starts < self.batch_size:
-            raise ValueError(
-                f"expected learning_starts of at least one batch of {self.batch_size}, got "
-                f"{self.replay.learning_starts}"
-            )
-
-    @property
-    def store_device(self) -> str:
-        return self.replay.device
-
-    @property
-    def kept_env_steps(self) -> int:
-        """Env steps that checkpoints stream to the disk."""
-        return self.replay.capacity
-
-    def policy(self) -> EpsilonGreedy:
-        """How actors act unless the launch file says otherwise."""
-        return EpsilonGreedy()
-
-    def build(self, model: nn.Module, device: torch.device) -> DQN:
-        return DQN(self, model, device)
-
-    def store_nbytes(self, model: nn.Module, spec: Spec, num_lanes: int) -> int:
-        """Bytes the replay will take; ValueError, before anything is allocated, for what this
-        algorithm cannot learn from."""
-        frame_stack = getattr(model, "frame_stack", 1)
-        if set(spec.state) - {"frames"} or (frame_stack > 1) != ("frames" in spec.state):
-            raise ValueError(
-                "expected a model without memory or with a frame stack (state {'frames': ...} and "
-                f"frame_stack set), got state {sorted(spec.state)} and frame_stack={frame_stack}; "
-                "DQN does not learn recurrent models from replay"
-            )
-        self.limiter(spec, num_lanes)
-        return Replay.nbytes(spec, num_lanes, self.replay.capacity, frame_stack, self.n_step)
-
-    def limiter(self, spec: Spec, num_lanes: int) -> RateLimiter:
-        replay = self.replay
-        return RateLimiter(
-            replay.samples_per_insert,
-            self.batch_size,
-            replay.learning_starts,
-            replay.tolerance,
-            spec.unroll_length * spec.num_envs * num_lanes,
-        )
+    outputs: dict[str, Tensor]  # (.., ...) of the online net, with gradient
+    before: dict[str, Tensor]  # (.., ...) of the target net there, for Munchausen
+    action: Tensor  # (..) int64
+    returns: Tensor  # (..) discounted rewards of the window, clipped
+    discount: Tensor  # (..) of the value behind it
+    following: vd.Return  # (.., M) behind the window, in true units
+    weight: Tensor  # (..) 0 for what must not count
+    index: Any  # where the replay has it
 
 
 def dqn_loss(
-    q: Tensor, action: Tensor, target: Tensor, weight: Tensor, huber: bool
+    outputs: dict[str, Tensor],
+    head: Any,
+    action: Tensor,
+    target: vd.Return,
+    weight: Tensor,
+    huber: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, td_error (N,)) of Q(s, a) against fixed targets.
+    """(loss, error (..)) of the returns of actions (..) against fixed targets (.., M).
 
-    q: (N, A); action: (N,) int64; target, weight: (N,). The loss is the weighted mean.
+    The loss is the sum by weight (..) over the number of weights that are not 0.
     """
-    chosen = q.gather(1, action.unsqueeze(1)).squeeze(1)
-    loss = nn.functional.huber_loss if huber else nn.functional.mse_loss
-    loss = loss(chosen, target, reduction="none")
-    return (loss * weight).sum() / weight.sum().clamp(min=1), (target - chosen).detach()
-
-
-def double_q(next_q: Tensor, next_target_q: Tensor, double: bool) -> Tensor:
-    """(N,) value of the next state from (N, A) online and target values."""
-    if double:
-        return next_target_q.gather(1, next_q.argmax(1, keepdim=True)).squeeze(1)
-    return next_target_q.max(1).values
+    loss, error = vd.return_loss(outputs, head, action, target, huber)
+    return (loss * weight).sum() / (weight > 0).sum().clamp(min=1), error
 
 
 class DQN:
@@ -142,6 +66,9 @@ class DQN:
             self.model, config.learning_rate, config.max_grad_norm, config.adam_eps
         )
         self.bfloat16 = computes_in_bfloat16(config.precision, device)
+        self.noisy = noisy_layers(self.model, self.target)
+        self.head, self.refreshes = config.head, False
+        self.chooses = config.double and not config.munchausen  # the online net, the next action
 
     @property
     def updates(self) -> int:
@@ -157,6 +84,7 @@ class DQN:
             if self.device.type == "cuda":
                 free, _ = torch.cuda.mem_get_info(self.device)
                 device = self.device if nbytes < 0.8 * free else "cpu"
+        self.refreshes = is_recurrent(spec) and config.replay.refresh_states
         return Replay(
             spec,
             num_lanes,
@@ -167,34 +95,115 @@ class DQN:
             config.n_step,
             device,
             seed,
+            importance_exponent=config.replay.importance_exponent,
+            loss_on=config.loss_on,
+            **config.replay_options,
         )
 
     def update(self, store: Replay) -> dict[str, Tensor]:
         """One batch, one step; returns metrics as 0-d tensors."""
         config = self.config
-        sample: Sample = store.sample()
-        if store.device != self.device:
-            sample = _to(sample, self.device)
-        reward = sample.reward
-        if config.reward_clip:
-            reward = reward.clamp(-config.reward_clip, config.reward_clip)
-        returns, discount = n_step_return(reward, sample.steps, sample.terminated, config.gamma)
-
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            with torch.no_grad():
-                following = (sample.next_obs, sample.next_first, sample.next_state)
-                next_target_q = self.target(*following)[0]["q"][0]
-                next_q = self.model(*following)[0]["q"][0] if config.double else next_target_q
-                target = returns + discount * double_q(next_q, next_target_q, config.double)
-            q = self.model(sample.obs, sample.first, sample.state)[0]["q"][0]
-        loss, td_error = dqn_loss(q, sample.action, target, sample.weight, config.huber)
-
+        for layer in self.noisy:
+            layer.redraw()
+        batch = self._sequences(store) if config.sequence_length else self._transitions(store)
+        loss, error = dqn_loss(
+            batch.outputs, self.head, batch.action, self._target(batch), batch.weight, config.huber
+        )
         metrics = self.descend(loss, store.limiter.inserted)
-        metrics |= {"loss/q": loss.detach(), "loss/td_error": td_error.abs().mean()}
-        metrics["loss/q_mean"] = q.detach().mean()
+        learned = batch.weight > 0
+        priority = vd.sequence_priority(error, learned) if learned.ndim > 1 else error.abs()
+        if config.replay.priority_exponent:
+            store.update_priorities(batch.index, priority.to(store.device))
+        metrics |= {"loss/q": loss.detach(), "loss/td_error": priority.mean()}
+        metrics["loss/q_mean"] = batch.outputs["q"].detach().mean()
         if self.updates % config.target_period == 0:
             self._move_target()
         return metrics
+
+    def _transitions(self, store: Replay) -> Batch:
+        """Single transitions, whose windows the replay has already cut."""
+        config, sample = self.config, self._to_device(store.sample())
+        returns, discount = n_step_return(
+            self._clip(sample.reward), sample.steps, sample.terminated, config.gamma
+        )
+        now = sample.obs, sample.first, sample.state
+        later = sample.next_obs, sample.next_first, sample.next_state
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            with torch.no_grad():
+                next_target = self.target(*later)[0]
+                next_online = self.model(*later)[0] if self.chooses else next_target
+                before = self.target(*now)[0] if config.munchausen else {}
+            outputs = self.model(*now)[0]
+        following = self._following(_at(next_target, 0), _at(next_online, 0))
+        return Batch(
+            _at(outputs, 0), _at(before, 0), sample.action.long(), returns, discount, following,
+            sample.weight, sample.index,
+        )  # fmt: skip
+
+    def _sequences(self, store: Replay) -> Batch:
+        """Both nets go through whole sequences; the online one learns behind the burn-in."""
+        config, batch = self.config, self._to_device(store.sample_sequences())
+        warm_up, rest = slice(config.burn_in), slice(config.burn_in, None)
+        length, state = config.sequence_length, batch.state
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            with torch.no_grad():
+                target = _at(self._target_outputs(batch, store), rest)
+                if config.burn_in:
+                    _, state = self.model(_at(batch.obs, warm_up), batch.first[warm_up], state)
+            online, _ = self.model(_at(batch.obs, rest), batch.first[rest], state)
+        returns, discount, end = vd.windows(
+            self._clip(batch.reward[rest]), batch.terminated[rest], batch.truncated[rest],
+            config.gamma, config.n_step, length,
+        )  # fmt: skip
+        env = torch.arange(end.shape[1], device=self.device).expand_as(end)
+        following = self._following(_at(target, (end, env)), _at(online, (end, env)))
+        learned = slice(length)
+        action, weight = batch.action[rest][learned], batch.weight * batch.learn[rest][learned]
+        return Batch(
+            _at(online, learned), _at(target, learned), action.long(), returns, discount,
+            following, weight, batch.index,
+        )  # fmt: skip
+
+    def _target_outputs(self, batch: Any, store: Replay) -> dict[str, Tensor]:
+        """(T+1, N, ...) of the target net; states it passes through refresh the stored ones."""
+        inputs = batch.obs, batch.first, batch.state
+        rows = store.refresh_rows if self.refreshes else ()
+        if not rows:
+            return self.target(*inputs)[0]
+        outputs, states = states_before(self.target, *inputs, rows)
+        store.write_states(batch.index, states)
+        return outputs
+
+    def _following(self, target: dict[str, Tensor], online: dict[str, Tensor]) -> vd.Return:
+        """(.., M) return from observations on, in true units, by both nets' outputs there."""
+        config = self.config
+        if config.munchausen:
+            temperature = config.munchausen_temperature
+            return vd.soft_return(target, self.head, temperature, config.value_rescaling)
+        q = (online if self.chooses else target)["q"]
+        return vd.greedy_return(target, self.head, q, config.value_rescaling)
+
+    def _target(self, batch: Batch) -> vd.Return:
+        """(.., M) what the batch's returns are drawn towards."""
+        config, reward = self.config, batch.returns
+        if config.munchausen:
+            reward = reward + config.munchausen * vd.munchausen_reward(
+                batch.before["q"], batch.action, config.munchausen_temperature,
+                config.munchausen_clip, config.value_rescaling,
+            )  # fmt: skip
+        values = reward.unsqueeze(-1) + batch.discount.unsqueeze(-1) * batch.following.values
+        values = vd.rescale(values) if config.value_rescaling else values
+        return batch.following._replace(values=values)
+
+    def _clip(self, reward: Tensor) -> Tensor:
+        clip = self.config.reward_clip
+        return reward.clamp(-clip, clip) if clip else reward
+
+    def _to_device(self, sample: Any) -> Any:
+        """All but the index, which is the replay's."""
+        rest = sample._replace(index=())
+        moved = tree_map(lambda part: part.to(self.device, non_blocking=True), rest)
+        return moved._replace(index=sample.index)
 
     def _move_target(self) -> None:
         with torch.no_grad():
@@ -219,5 +228,6 @@ class DQN:
         self.descend.load_state_dict(state["optimizer"])
 
 
-def _to(sample: Sample, device: torch.device) -> Sample:
-    return tree_map(lambda tensor: tensor.to(device, non_blocking=True), sample)
+def _at(tree: Tree, where: Any) -> Tree:
+    """The rows of all leaves (T, N, ...) that a slice or an index chooses."""
+    return tree_map(lambda leaf: leaf[where], tree)

@@ -42,7 +42,8 @@ class PPOConfig:
     clip_value: float = 0.0
     """Clip the value's move from its old one (0: do not), in units of the return's scale."""
     target_kl: float = 0.0
-    """Stop the passes over a rollout once the approximate KL divergence is above (0: never)."""
+    """Stop the passes over a rollout once the approximate KL divergence of whoever acted from the
+    policy that learns is above (0: never); lag and policy mixes count in it."""
     value_coef: float = 0.5
     entropy_coef: Any = 0.0
     """A number, or a schedule over env steps."""
@@ -202,7 +203,9 @@ class PPO:
             order = torch.randperm(pieces, generator=self.generator).to(self.device)
             for index in order.split(size):
                 chosen = [column[:, index] for column in columns]
+                skipped = metrics.get("loss/skipped", 0.0)
                 metrics = self._step(inputs[index], *chosen, store.limiter.inserted)
+                metrics["loss/skipped"] = metrics["loss/skipped"].clamp(min=skipped)  # of any step
                 if config.target_kl and metrics["loss/kl"] > config.target_kl:
                     break
             else:

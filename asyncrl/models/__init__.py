@@ -6,7 +6,8 @@
 A model never samples an action and knows nothing of processes. `model.frame_stack` says how many
 frames its core stacks; the replay then gathers them at sampling. What outputs there are:
 
-    "q" (A)                           the value of each action
+    "q" (A)                           the value of each action, perhaps beside what is known of its
+                                      distribution; see `return_heads`
     "value" ()                        of the state, beside one of:
     "logits" (A) or (D, A)            of D choices, -inf where one has fewer than A categories
     "mean", "log_std", "low", "high"  each of the action's shape; see `heads.Gaussian`
@@ -14,65 +15,18 @@ frames its core stacks; the replay then gathers them at sampling. What outputs t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from asyncrl.models.config import ModelConfig
 from asyncrl.models.cores import LSTM, FrameStack
 from asyncrl.models.heads import ActorCriticHead, QHead
 from asyncrl.models.normalizers import ObservationNormalizer
 from asyncrl.models.torsos import encoder
 from asyncrl.types import Tree, tree_map
-
-ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
-HEADS = ("auto", "q", "actor_critic")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The built-in networks: calling it with an environment's spaces builds one."""
-
-    frame_stack: int = 1
-    """Frames stacked, newest last (4 for Atari; 1: none)."""
-    features: int = 512
-    """Width of the layer behind the convolutions of an image."""
-    hidden: tuple[int, ...] = (128, 128)
-    """Layers of the MLP that serves observations other than images."""
-    dueling: bool = False
-    """Split Q into a state value and advantages."""
-    head: Literal["auto", "q", "actor_critic"] = "auto"
-    """q: a value for each action. actor_critic: a policy and a value of the state. auto: what the
-    algorithm learns, q where there is none to ask."""
-    lstm: int = 0
-    """Size of an LSTM between torso and head (0: none)."""
-    activation: Literal["relu", "tanh"] = "relu"
-    """Of the MLP."""
-    shared: bool = True
-    """One torso for policy and value; else one each."""
-    normalize_obs: bool = False
-    """Scale observations by their running mean and variance (not images)."""
-    normalize_returns: bool = False
-    """Learn values in units of the returns' running mean and deviation (PopArt)."""
-    initial_log_std: float = 0.0
-    """Of continuous actions, before they are squashed into their bounds."""
-
-    def __post_init__(self):
-        if self.head not in HEADS or self.activation not in ACTIVATIONS or self.lstm < 0:
-            raise ValueError(
-                f"expected head of {HEADS}, activation of {tuple(ACTIVATIONS)} and lstm >= 0, got "
-                f"{self.head!r}, {self.activation!r} and {self.lstm}"
-            )
-        if self.lstm and not self.shared:
-            raise ValueError(
-                f"expected shared=True with an LSTM, got shared=False and lstm={self.lstm}; "
-                "policy and value share one memory"
-            )
-
-    def __call__(self, observation_space: spaces.Space, action_space: spaces.Space) -> Network:
-        return Network(self, observation_space, action_space)
 
 
 class Network(nn.Module):
@@ -96,10 +50,7 @@ class Network(nn.Module):
         self.obs_normalizer = ObservationNormalizer(observation_space) if normalizes else None
 
         def torso() -> nn.Module:
-            built = encoder(
-                observation_space, self.frame_stack, config.features, config.hidden,
-                ACTIVATIONS[config.activation],
-            )  # fmt: skip
+            built = encoder(observation_space, self.frame_stack, config)
             return built.to(memory_format=torch.channels_last)
 
         self.encoder = torso()
@@ -117,8 +68,10 @@ class Network(nn.Module):
                 f'head="actor_critic", got them with head={config.head!r}; value-based algorithms '
                 "make no use of them"
             )
+        elif config.head in ("auto", "q"):
+            self.head = QHead(features, action_space, config.dueling, config.noisy)
         else:
-            self.head = QHead(features, action_space, config.dueling)
+            self.head = config.head.build(features, action_space, config.dueling, config.noisy)
 
     def initial_state(self, num_envs: int) -> dict[str, Tensor]:
         cores = [] if self.is_tree else [self.stack]
@@ -126,8 +79,15 @@ class Network(nn.Module):
         return {name: x for core in cores for name, x in core.initial_state(num_envs).items()}
 
     def forward(self, obs: Tree, first: Tensor, state: dict) -> tuple[dict[str, Tensor], dict]:
+        outputs, after, _ = self.states(obs, first, state, ())
+        return outputs, after
+
+    def states(
+        self, obs: Tree, first: Tensor, state: dict, rows: Sequence[int]
+    ) -> tuple[dict[str, Tensor], dict, list[dict]]:
+        """`forward`, and the LSTM's states before `rows`."""
         T, B = first.shape
-        after = state
+        after, states = state, []
         if not self.is_tree:
             obs, after = self.stack(obs, first, state)
         if self.obs_normalizer is not None:
@@ -138,11 +98,12 @@ class Network(nn.Module):
         with torch.autocast(first.device.type, enabled=False):  # values need more than 8 bits
             features = [part.float() for part in features]
             if self.lstm is not None:
-                rows = features[0].unflatten(0, (T, B))
-                rows, memory = self.lstm(rows, first, state)
-                features, after = [rows.flatten(0, 1)], after | memory
+                before = features[0].unflatten(0, (T, B))
+                behind, states = self.lstm.states(before, first, state, [*rows, T])
+                features, after = [behind.flatten(0, 1)], after | states[-1]
             outputs = self.head(*features)
-        return {name: output.unflatten(0, (T, B)) for name, output in outputs.items()}, after
+        outputs = {name: output.unflatten(0, (T, B)) for name, output in outputs.items()}
+        return outputs, after, states[:-1]
 
     # -- normalisers: an algorithm moves them, once for each rollout -----------------------------
 

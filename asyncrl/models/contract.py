@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from gymnasium import spaces
 from torch import nn
@@ -15,13 +17,14 @@ CONTRACT = (
 
 
 def state_fields(
-    model: nn.Module, head: str, observation_space: spaces.Space, action_space: spaces.Space
+    model: nn.Module, head: Any, observation_space: spaces.Space, action_space: spaces.Space
 ) -> Tree:
     """Fields of a model's state for one environment.
 
     The model is called once on two steps of three environments. ValueError, with the contract,
     where it has no state contract, changes its state's shape, or lacks the outputs that `head`
-    stands for ("q", or "actor_critic": a value and logits, or mean and log_std).
+    stands for ("q", or "actor_critic": a value and logits, or mean and log_std; or a record of
+    `return_heads`).
     """
     if not hasattr(model, "initial_state"):
         raise ValueError(
@@ -64,16 +67,16 @@ def _fields(state: Tree) -> Tree:
     return tree_map(lambda leaf: Field(tuple(leaf.shape[1:]), Field.of(leaf).dtype), state)
 
 
-def _expected(head: str, space: spaces.Space) -> dict[str, tuple[int, ...]]:
+def _expected(head: Any, space: spaces.Space) -> dict[str, tuple[int, ...]]:
     """Shapes behind (T, B) of the outputs that a head has for an action space."""
     discrete = isinstance(space, spaces.Discrete)
-    if head == "q":
+    if head != "actor_critic":
         if not discrete:
             raise ValueError(
                 f"expected a Discrete action space for a value-based algorithm, got {space}; use "
                 "A2C or PPO for others"
             )
-        return {"q": (int(space.n),)}
+        return {"q": (int(space.n),)} if head == "q" else head.outputs(int(space.n))
     if discrete:
         return {"value": (), "logits": (int(space.n),)}
     if isinstance(space, spaces.MultiDiscrete | spaces.MultiBinary):

@@ -7,6 +7,7 @@ with each unroll.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -71,13 +72,21 @@ class LSTM(nn.Module):
 
     def forward(self, features: Tensor, first: Tensor, state: dict) -> tuple[Tensor, dict]:
         """(T, B, features) -> (T, B, size), both float32."""
+        output, states = self.states(features, first, state, [len(first)])
+        return output, states[0]
+
+    def states(
+        self, features: Tensor, first: Tensor, state: dict, rows: Sequence[int]
+    ) -> tuple[Tensor, list[dict]]:
+        """(T, B, features) -> (T, B, size), and the states before `rows`; T: after the last."""
         memory = state["h"].unsqueeze(0), state["c"].unsqueeze(0)  # (1, B, size)
         opens = first.any(1).nonzero().flatten().tolist()
-        outputs = []
-        for begin, end in pairwise(sorted({0, *opens, len(first)})):
+        outputs, before = [], {0: memory}
+        for begin, end in pairwise(sorted({0, *opens, *rows, len(first)})):
             # Filled rather than multiplied by 0, which would keep a NaN.
             memory = tuple(part.masked_fill(first[begin].unsqueeze(1), 0) for part in memory)
             output, memory = self.lstm(features[begin:end], memory)
             outputs.append(output)
-        h, c = memory
-        return torch.cat(outputs), {"h": h.squeeze(0), "c": c.squeeze(0)}
+            before[end] = memory
+        states = [{"h": before[row][0][0], "c": before[row][1][0]} for row in rows]
+        return torch.cat(outputs), states

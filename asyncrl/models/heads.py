@@ -13,22 +13,30 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from asyncrl.models.layers import NoisyLinear, scale
 from asyncrl.models.normalizers import PopArt
-from asyncrl.models.torsos import scale
+
+
+def num_actions(space: spaces.Space) -> int:
+    """Of a Discrete space; ValueError for others."""
+    if not isinstance(space, spaces.Discrete):
+        raise ValueError(
+            f"expected a Discrete action space for a Q head, got {space}; "
+            "value-based algorithms serve discrete actions only"
+        )
+    return int(space.n)
 
 
 class QHead(nn.Module):
     """{"q": (N, A)}: the value of each discrete action; dueling splits it (Wang et al. 2016)."""
 
-    def __init__(self, features: int, action_space: spaces.Space, dueling: bool):
+    def __init__(
+        self, features: int, action_space: spaces.Space, dueling: bool, noisy: bool = False
+    ):
         super().__init__()
-        if not isinstance(action_space, spaces.Discrete):
-            raise ValueError(
-                f"expected a Discrete action space for a Q head, got {action_space}; "
-                "value-based algorithms serve discrete actions only"
-            )
-        self.advantage = scale(nn.Linear(features, int(action_space.n)), 0.01)
-        self.value = scale(nn.Linear(features, 1), 1.0) if dueling else None
+        linear = NoisyLinear if noisy else nn.Linear
+        self.advantage = scale(linear(features, num_actions(action_space)), 0.01)
+        self.value = scale(linear(features, 1), 1.0) if dueling else None
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         q = self.advantage(features)

@@ -1,26 +1,39 @@
-"""Torsos: from observations of any space to a vector of features, one row a sample."""
+"""Torsos: from observations of any space to a vector of features, one row a sample.
+
+Built after a `ModelConfig`; where it says `noisy`, the last layer of a torso is.
+"""
 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from asyncrl.models.layers import NoisyLinear, scale
+from asyncrl.models.resnet import ImpalaTorso
 
-def scale(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
-    """Orthogonal weights of the given gain and zero bias."""
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    return layer
+if TYPE_CHECKING:
+    from asyncrl.models.config import ModelConfig
+
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
 
 class NatureTorso(nn.Module):
     """Three convolutions and a layer of Mnih et al. 2015, for images of at least 36 x 36."""
 
-    def __init__(self, channels: int, height: int, width: int, features: int):
+    def __init__(
+        self, channels: int, height: int, width: int, features: int,
+        linear: type[nn.Linear] = nn.Linear,
+    ):  # fmt: skip
         super().__init__()
+        if min(height, width) < 36:
+            raise ValueError(
+                f"expected an image of at least 36 x 36 for the torso nature, got {height} x "
+                f"{width}; use small, impala or auto"
+            )
         self.convolutions = nn.Sequential(
             scale(nn.Conv2d(channels, 32, 8, 4)), nn.ReLU(),
             scale(nn.Conv2d(32, 64, 4, 2)), nn.ReLU(),
@@ -28,7 +41,7 @@ class NatureTorso(nn.Module):
         )  # fmt: skip
         with torch.no_grad():
             flat = self.convolutions(torch.zeros(1, channels, height, width)).shape[1]
-        self.linear = scale(nn.Linear(flat, features))
+        self.linear = scale(linear(flat, features))
 
     def forward(self, image: Tensor) -> Tensor:
         return torch.relu(self.linear(self.convolutions(image)))
@@ -37,19 +50,25 @@ class NatureTorso(nn.Module):
 class SmallImageTorso(nn.Module):
     """One 3 x 3 convolution and a layer (Young and Tian 2019, MinAtar), for tiny images."""
 
-    def __init__(self, channels: int, height: int, width: int, features: int):
+    def __init__(
+        self, channels: int, height: int, width: int, features: int,
+        linear: type[nn.Linear] = nn.Linear,
+    ):  # fmt: skip
         super().__init__()
         self.convolution = scale(nn.Conv2d(channels, 16, 3, padding=1))
-        self.linear = scale(nn.Linear(16 * height * width, features))
+        self.linear = scale(linear(16 * height * width, features))
 
     def forward(self, image: Tensor) -> Tensor:
         return torch.relu(self.linear(torch.relu(self.convolution(image)).flatten(1)))
 
 
+IMAGE_TORSOS = {"nature": NatureTorso, "small": SmallImageTorso, "impala": ImpalaTorso}
+
+
 class ImageEncoder(nn.Module):
     """(N, k, *frame) of stacked (H, W), (H, W, C) or (C, H, W) frames -> (N, features)."""
 
-    def __init__(self, space: spaces.Box, stack: int, features: int):
+    def __init__(self, space: spaces.Box, stack: int, config: ModelConfig):
         super().__init__()
         shape = space.shape
         self.channels_last_frames = len(shape) == 3 and shape[2] < shape[0]
@@ -60,9 +79,15 @@ class ImageEncoder(nn.Module):
         else:
             channels, height, width = shape
         self.pixel_scale = 1 / 255 if space.dtype == "uint8" else 1.0
-        torso = NatureTorso if min(height, width) >= 36 else SmallImageTorso
-        self.torso = torso(channels * stack, height, width, features)
-        self.features = features
+        kind = config.torso
+        if kind == "auto":
+            kind = "nature" if min(height, width) >= 36 else "small"
+        names = ("torso_width", "torso_pool", "spectral_norm") if kind == "impala" else ()
+        options = {name.removeprefix("torso_"): getattr(config, name) for name in names}
+        linear = NoisyLinear if config.noisy else nn.Linear
+        size = channels * stack, height, width, config.features
+        self.torso = IMAGE_TORSOS[kind](*size, linear=linear, **options)
+        self.features = config.features
 
     def forward(self, frames: Tensor) -> Tensor:
         if self.channels_last_frames:
@@ -85,9 +110,7 @@ class ImageEncoder(nn.Module):
 class VectorEncoder(nn.Module):
     """(N, k, *shape) numbers, flags or one-hot categories -> (N, features) by an MLP."""
 
-    def __init__(
-        self, space: spaces.Space, stack: int, hidden: tuple[int, ...], activation: type[nn.Module]
-    ):
+    def __init__(self, space: spaces.Space, stack: int, config: ModelConfig):
         super().__init__()
         self.categories = None
         size = stack * spaces.flatdim(space)
@@ -95,10 +118,12 @@ class VectorEncoder(nn.Module):
             self.categories, self.start = int(space.n), int(space.start)
         elif isinstance(space, spaces.MultiDiscrete):
             size = stack * len(space.nvec.flat)
-        sizes = (size, *hidden)
+        sizes = (size, *config.hidden)
         layers: list[nn.Module] = []
-        for inputs, outputs in pairwise(sizes):
-            layers += [scale(nn.Linear(inputs, outputs)), activation()]
+        for index, (inputs, outputs) in enumerate(pairwise(sizes)):
+            noisy = config.noisy and index == len(sizes) - 2
+            linear = NoisyLinear if noisy else nn.Linear
+            layers += [scale(linear(inputs, outputs)), ACTIVATIONS[config.activation]()]
         self.layers = nn.Sequential(*layers)
         self.features = sizes[-1]
 
@@ -113,37 +138,22 @@ def is_image(space: spaces.Space) -> bool:
     return isinstance(space, spaces.Box) and len(space.shape) in (2, 3)
 
 
-def encoder(
-    space: spaces.Space,
-    stack: int,
-    features: int,
-    hidden: tuple[int, ...],
-    activation: type[nn.Module] = nn.ReLU,
-) -> nn.Module:
+def encoder(space: spaces.Space, stack: int, config: ModelConfig) -> nn.Module:
     """The torso that serves a space: images by convolutions, the rest by an MLP, trees by parts."""
     if isinstance(space, (spaces.Dict, spaces.Tuple)):
-        return TreeEncoder(space, features, hidden, activation)
-    if is_image(space):
-        return ImageEncoder(space, stack, features)
-    return VectorEncoder(space, stack, hidden, activation)
+        return TreeEncoder(space, config)
+    return (ImageEncoder if is_image(space) else VectorEncoder)(space, stack, config)
 
 
 class TreeEncoder(nn.Module):
     """Dict and Tuple observations: an encoder a part, features side by side."""
 
-    def __init__(
-        self,
-        space: spaces.Dict | spaces.Tuple,
-        features: int,
-        hidden: tuple[int, ...],
-        activation: type[nn.Module],
-    ):
+    def __init__(self, space: spaces.Dict | spaces.Tuple, config: ModelConfig):
         super().__init__()
         is_dict = isinstance(space, spaces.Dict)
         parts = space.spaces.items() if is_dict else enumerate(space.spaces)
         self.keys = [key for key, _ in parts]
-        parts = [encoder(space.spaces[key], 1, features, hidden, activation) for key in self.keys]
-        self.parts = nn.ModuleList(parts)
+        self.parts = nn.ModuleList([encoder(space.spaces[key], 1, config) for key in self.keys])
         self.features = sum(part.features for part in self.parts)
 
     def forward(self, tree) -> Tensor:

@@ -6,6 +6,8 @@ Pure: it works on any buffer and knows no process. Every shared word has one wri
     tail       written by the learner: unrolls released
     permitted  written by the learner: unroll s may begin only if s < permitted
     beat ...   written by the actor:   its heartbeat and where its time went (nanoseconds)
+    rebuilds   written by the actor:   how often its environments failed and were made anew
+    gone       written by the supervisor: 1 once the actor is given up for good
 
 Cursors only grow and are the truth; a slot that was not committed does not exist. Each word is an
 aligned int64, stored and loaded whole; that a slot's bytes are seen before the head that covers
@@ -36,6 +38,8 @@ class Word(IntEnum):
     TIME_WRITE = 6
     TIME_PULL = 7
     TIME_WAIT = 8
+    REBUILDS = 9
+    GONE = 10
 
 
 class Ring:
@@ -44,7 +48,7 @@ class Ring:
     def __init__(self, buffer, spec: Spec, num_slots: int):
         if num_slots < 1:
             raise ValueError(f"expected a ring of at least 1 slot, got {num_slots}")
-        self.num_slots = num_slots
+        self.num_slots, self.num_states = num_slots, spec.num_states
         self.words = np.ndarray(
             (CONTROL_BYTES // 8 // WORD_STRIDE,), np.int64, buffer, 0, (8 * WORD_STRIDE,)
         )

@@ -2,18 +2,23 @@
 
 from asyncrl import (
     ActorConfig,
+    Certainty,
     Config,
     DQNConfig,
     EnvConfig,
     EpsilonGreedy,
     EvaluationConfig,
+    Greedy,
     LearnerConfig,
     Linear,
     Mixture,
     ModelConfig,
     Part,
+    Random,
+    RandomSwitch,
     ReplayConfig,
     Softmax,
+    Switch,
 )
 
 config = Config(
@@ -23,6 +28,7 @@ config = Config(
         (
             Part("eager", EpsilonGreedy(Linear(1.0, 0.1, 3_000)), 2.0),
             Part("soft", Softmax(0.5), Linear(0.0, 1.0, 2_000)),
+            Part("frontier", Switch(Certainty(), RandomSwitch(Greedy(), Random()), "soft"), 2.0),
         )
     ),
     algorithm=DQNConfig(

@@ -6,14 +6,14 @@ import gymnasium as gym
 import numpy as np
 
 from asyncrl.actor import ActorConfig
-from asyncrl.algorithms.dqn import DQN, DQNConfig, ReplayConfig
+from asyncrl.algorithms.dqn import DQN, DQNConfig
 from asyncrl.config import Config
 from asyncrl.envs import EnvConfig
 from asyncrl.evaluate import EvaluationConfig
 from asyncrl.learner import LearnerConfig
 from asyncrl.models import ModelConfig
 from asyncrl.policies import Random
-from asyncrl.stores.replay import Replay
+from asyncrl.stores.replay import Replay, ReplayConfig
 from asyncrl.types import tree_map
 from tests.counting_env import CountingEnv
 

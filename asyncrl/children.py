@@ -1,0 +1,109 @@
+"""The processes of a run as their parent sees them: history, and what they take, from /proc."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+PAGE_NBYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass
+class Child:
+    """One process of the run and its history."""
+
+    role: str
+    index: int
+    process: subprocess.Popen | None = None
+    pidfd: int = -1
+    started: float = 0.0
+    generation: int = -1  # grows with each start
+    deaths: list[float] = field(default_factory=list)  # since it last did its work
+    work_at_start: int = 0
+    restart_at: float | None = None
+    last_beat: float = 0.0
+    cpu_seconds_at_beat: float = 0.0
+    gone: bool = False  # given up, or ended as it should
+
+    @property
+    def name(self) -> str:
+        return f"{self.role} {self.index}" if self.role == "actor" else self.role
+
+    def cpu_seconds(self) -> float:
+        """Processor time it has had."""
+        with contextlib.suppress(psutil.Error):
+            times = psutil.Process(self.process.pid).cpu_times()
+            return times.user + times.system
+        return 0.0
+
+    def stuck_for(self, beat: float, limit: float, start_limit: float) -> float:
+        """Seconds without a heartbeat where they mean that it is stuck, else 0.
+
+        One that wants to run and is given no processor is not stuck: while it is runnable, the
+        silence counts only as far as it was spent computing.
+        """
+        if beat != self.last_beat:
+            self.last_beat, self.cpu_seconds_at_beat = beat, self.cpu_seconds()
+        silent = time.monotonic() - max(beat, self.started)
+        limit = limit if beat > self.started else max(start_limit, limit)
+        if silent < limit:
+            return 0.0
+        computed = self.cpu_seconds() - self.cpu_seconds_at_beat
+        starved = computed < 0.5 * limit and self.is_runnable() and silent < 20 * limit
+        return 0.0 if starved else silent
+
+    def is_runnable(self) -> bool:
+        """Whether a thread of it runs or waits for a processor, rather than asleep or stopped."""
+        with contextlib.suppress(psutil.Error, OSError):
+            for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+                if (task / "stat").read_text().rpartition(")")[2].split()[0] == "R":
+                    return True
+        return False
+
+
+class Usage(NamedTuple):
+    """What some processes take together."""
+
+    nbytes: int = 0  # private memory; what is shared is counted by whoever made it
+    descriptors: int = 0
+
+
+def usage(pids: list[int]) -> Usage:
+    """Of these processes; of one that is gone, nothing."""
+    nbytes = descriptors = 0
+    for pid in pids:
+        with contextlib.suppress(OSError, ValueError):
+            resident, shared = map(int, Path(f"/proc/{pid}/statm").read_text().split()[1:3])
+            descriptors += len(os.listdir(f"/proc/{pid}/fd"))
+            nbytes += (resident - shared) * PAGE_NBYTES
+    return Usage(nbytes, descriptors)
+
+
+def usage_by_role(children: list[Child], shared_nbytes: int) -> dict[str, float]:
+    """Megabytes and descriptors, as metrics, of the parent and of each role with its workers."""
+    pids: dict[str, list[int]] = {"supervisor": [os.getpid()]}
+    for child in children:
+        role = {"actor": "actors", "serial": "learner"}.get(child.role, child.role)
+        if child.process is not None:
+            pids.setdefault(role, []).extend(_family(child.process.pid))
+    taken = {role: usage(members) for role, members in pids.items()}
+    row = {f"memory/{role}_mb": found.nbytes / 1e6 for role, found in taken.items()}
+    row |= {f"fds/{role}": float(found.descriptors) for role, found in taken.items()}
+    return row | {"memory/shared_mb": shared_nbytes / 1e6}
+
+
+def _family(pid: int) -> Iterator[int]:
+    """A process and all its descendants, workers of environments above all."""
+    yield pid
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                yield from _family(int(child))

@@ -1,0 +1,101 @@
+"""Whether a run is well, in one line, from its files only: for the panel and health checks."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from asyncrl.logs import Event, parse_events
+
+SILENT_SECONDS = 300.0  # as long as a learner may go without a heartbeat
+
+
+class Health(NamedTuple):
+    """What `asyncrl watch RUN --health` says, and whether it exits with 0."""
+
+    well: bool
+    words: str
+
+
+class Life:
+    """The newest events that tell how a run is: its start or end, its last checkpoint."""
+
+    def __init__(self):
+        self.phase: Event | None = None
+        self.checkpoint: Event | None = None
+
+    def take(self, events: Iterable[Event]) -> None:
+        for event in events:
+            if event.kind in ("start", "end"):
+                self.phase = event
+            elif event.kind == "checkpoint":
+                self.checkpoint = event
+
+
+def health(row: dict, life: Life, now: float) -> Health:
+    """How a run is by its last row of metrics and its events, at a time in unix seconds."""
+    if life.phase and life.phase.kind == "end":
+        status = life.phase.fields.get("status", "?")
+        return Health(False, f"ended with status {status}, {_ago(now - life.phase.time)}")
+    begun = life.phase.time if life.phase else -1e18
+    latest = max(row.get("time", -1e18), begun)
+    if now - latest > SILENT_SECONDS:
+        never = "no row of metrics yet" if latest < 0 else f"last heard of {_ago(now - latest)}"
+        return Health(False, f"{never}: not started, stuck or killed; see events.log")
+    if row.get("time", -1e18) < begun:
+        return Health(True, f"starting since {now - begun:.0f} s")
+    words = [f"heard of {_ago(now - latest)}", f"{row.get('actors/alive', 0):.0f} actors"]
+    memory = sum(value for name, value in row.items() if name in _MEMORY)
+    words += [f"{memory / 1e3:.2f} GB"] if memory else []
+    fds = sum(value for name, value in row.items() if name.startswith("fds/"))
+    words += [f"{fds:.0f} open files"] if fds else []
+    for label, names in _COUNTS.items():
+        number = sum(row.get(name) or 0 for name in names)
+        words += [f"{label} {number:.0f}"] if number else []
+    saved = life.checkpoint
+    refused = saved is not None and "not saved" in saved.text
+    if saved is not None:
+        verb = "could not be saved" if refused else "saved"
+        words.append(f"checkpoint {verb} {_ago(now - saved.time)}")
+    well = not refused and row.get("actors/alive", 1) > 0
+    return Health(well, ("well: " if well else "in trouble: ") + ", ".join(words))
+
+
+_MEMORY = {f"memory/{role}_mb" for role in
+           ("supervisor", "learner", "actors", "evaluator", "shared")}  # fmt: skip
+_COUNTS = {
+    "restarts": ("actors/restarts", "learner/restarts", "evaluator/restarts"),
+    "envs made anew": ("envs/rebuilt",),
+    "updates skipped": ("updates/skipped",),
+    "log lines lost": ("log/dropped",),
+}
+
+
+def look(folder: Path) -> Health:
+    """How the run in a folder is now; reads the ends of its files only."""
+    row, life = {}, Life()
+    for line in _last_lines(folder / "metrics.jsonl"):
+        with suppress(ValueError):
+            found = json.loads(line)
+            row = {k: v for k, v in found.items() if v is not None}
+    life.take(parse_events(_last_lines(folder / "events.log", 1 << 20)))
+    return health(row, life, time.time())
+
+
+def _last_lines(path: Path, nbytes: int = 1 << 16) -> list[str]:
+    with suppress(OSError), open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - nbytes))
+        return file.read().decode("utf-8", "replace").split("\n")[:-1]
+    return []
+
+
+def _ago(seconds: float) -> str:
+    minutes = int(seconds) // 60
+    if minutes < 60:
+        return f"{minutes} min ago" if minutes else f"{max(0, int(seconds))} s ago"
+    return f"{minutes // 60} h {minutes % 60:02d} min ago"

@@ -1,0 +1,91 @@
+"""Layers that networks are built of beside torch's own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def scale(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
+    """Orthogonal weights of the given gain and zero bias."""
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class NoisyLinear(nn.Linear):
+    """A linear layer whose weights are Gaussian, by factorised noise (Fortunato et al. 2018).
+
+    weight + weight_sigma * outer(noise_out, noise_in), bias + bias_sigma * noise_out. The noise is
+    a buffer that only `redraw` changes: the learner redraws it before each update and publishes it
+    with the weights, so whoever acts draws nothing and acts on what a seed decides.
+    """
+
+    def __init__(self, inputs: int, outputs: int, sigma: float = 0.5):
+        super().__init__(inputs, outputs)
+        deviation = sigma / inputs**0.5
+        self.weight_sigma = nn.Parameter(torch.full((outputs, inputs), deviation))
+        self.bias_sigma = nn.Parameter(torch.full((outputs,), deviation))
+        self.register_buffer("noise_in", torch.zeros(inputs))
+        self.register_buffer("noise_out", torch.zeros(outputs))
+        self.redraw()
+
+    @torch.no_grad()
+    def redraw(self) -> None:
+        """New noise from torch's generator: sign(x) sqrt(|x|) of normal x."""
+        for noise in (self.noise_in, self.noise_out):
+            noise.normal_()
+            noise.copy_(noise.sign() * noise.abs().sqrt())
+
+    @torch.no_grad()
+    def silence(self) -> None:
+        """No noise, for evaluation: the weights are their means until the next `redraw`."""
+        self.noise_in.zero_()
+        self.noise_out.zero_()
+
+    def forward(self, features: Tensor) -> Tensor:
+        noise = torch.outer(self.noise_out, self.noise_in)
+        weight = torch.addcmul(self.weight, self.weight_sigma, noise)
+        bias = torch.addcmul(self.bias, self.bias_sigma, self.noise_out)
+        return nn.functional.linear(features, weight, bias)
+
+
+def noisy_layers(*models: nn.Module) -> list[NoisyLinear]:
+    """All of them, wherever in the models they are."""
+    layers = [layer for model in models for layer in model.modules()]
+    return [layer for layer in layers if isinstance(layer, NoisyLinear)]
+
+
+class SpectralConv2d(nn.Conv2d):
+    """A convolution divided by its weight's spectral norm, that of its (out, in * k * k) matrix.
+
+    One power iteration each time it is called in training, from where the last one ended; in
+    evaluation the vectors stay. Miyato et al. 2018; in a torso, Gogianu et al. 2021.
+    """
+
+    def __init__(self, *args, iterations: int = 15, **kwargs):
+        super().__init__(*args, **kwargs)
+        left, right = self.weight.flatten(1).shape
+        self.register_buffer("left", nn.functional.normalize(torch.randn(left), dim=0))
+        self.register_buffer("right", nn.functional.normalize(torch.randn(right), dim=0))
+        for _ in range(iterations):
+            self.iterate()
+
+    @torch.no_grad()
+    def iterate(self) -> None:
+        """Move both vectors closer to the largest singular ones."""
+        matrix = self.weight.flatten(1)
+        self.left.copy_(nn.functional.normalize(matrix @ self.right, dim=0))
+        self.right.copy_(nn.functional.normalize(self.left @ matrix, dim=0))
+
+    def normalized(self) -> Tensor:
+        """The weight, of spectral norm 1 once the vectors have arrived."""
+        left, right = self.left.clone(), self.right.clone()  # backward needs them as they are now
+        return self.weight / (left @ (self.weight.flatten(1) @ right))
+
+    def forward(self, image: Tensor) -> Tensor:
+        with torch.autocast(image.device.type, enabled=False):
+            if self.training:
+                self.iterate()
+            weight = self.normalized()
+        return self._conv_forward(image, weight, self.bias)

@@ -1,0 +1,103 @@
+"""What a run will take against what there is, before anything is made: `train` refuses by it and
+`asyncrl doctor` tells all of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from asyncrl.folder import Refused
+from asyncrl.limits import container_memory, make_room_for_descriptors
+from asyncrl.plan import Plan
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at: "ok", "warning" or "refused", in words, with what to do about it."""
+
+    name: str
+    verdict: str
+    lines: tuple[str, ...]  # the first says it, the others are the arithmetic
+    remedy: str = ""
+
+
+def preflight(plan: Plan, folder: Path, available: int | None = None) -> None:
+    """Refuse, with the arithmetic, a run that memory, disk or descriptors cannot hold."""
+    for check in (memory(plan, available), disk(plan, folder), descriptors(plan)):
+        if check.verdict == "refused":
+            raise Refused(*check.lines, *filter(None, [check.remedy]))
+
+
+def memory(plan: Plan, available: int | None = None) -> Check:
+    """Rings, weights, replay and processes against what the machine and the container leave."""
+    needed = sum(nbytes for _, nbytes in plan.memory)
+    limits = {"available": psutil.virtual_memory().available if available is None else available}
+    if (container := container_memory()) is not None:
+        limits["left of the container's limit"] = container
+    source = min(limits, key=limits.get)
+    parts = tuple(f"    {nbytes / 1e9:8.3f} GB  {what}" for what, nbytes in plan.memory)
+    there = f"{limits[source] / 1e9:.2f} GB"
+    if needed > limits[source]:
+        words = f"expected {needed / 1e9:.2f} GB of memory, got {there} ({source}); the run needs:"
+        remedy = "lower --algorithm.replay.capacity, --actor.num-actors or --actor.envs-per-lane"
+        return Check("memory", "refused", (words, *parts), remedy)
+    words = f"{needed / 1e9:.2f} GB of {there} ({source}):"
+    if needed > 0.9 * limits[source]:
+        remedy = "little is left: lower --algorithm.replay.capacity if others need memory here"
+        return Check("memory", "warning", (words, *parts), remedy)
+    return Check("memory", "ok", (words, *parts))
+
+
+def disk(plan: Plan, folder: Path) -> Check:
+    """The saved replay against what is free where the run's folder lies or will lie."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    free += sum(path.stat().st_size for path in (folder / "replay").glob("*.bin"))  # its own
+    needed = f"{plan.disk_nbytes * 1.1 / 1e9:.2f} GB"
+    if plan.disk_nbytes * 1.1 > free:
+        words = (
+            f"expected {needed} of disk in {place} for the saved replay, got {free / 1e9:.2f} GB; "
+            "lower --algorithm.replay.capacity or use --learner.save-replay False (a resumed run "
+            "then fills its replay anew)"
+        )
+        return Check("disk", "refused", (words,))
+    words = f"{needed} of {free / 1e9:.2f} GB free in {place}"
+    if free < 2e9:
+        return Check("disk", "warning", (words,), "make room for checkpoints, logs and videos")
+    return Check("disk", "ok", (words,))
+
+
+def descriptors(plan: Plan) -> Check:
+    """Open files of the process that has the most; the soft limit is raised where it may be."""
+    inherited = plan.num_lanes + plan.num_actors + 20  # lanes, doorbells, weights, logs
+    env, actor = plan.config.get("env", {}), plan.config.get("actor", {})
+    workers = actor.get("envs_per_lane", 0) * actor.get("lanes_per_actor", 0)
+    pipes = 4 * workers if env.get("vectorization") == "async" else 0
+    needed = inherited + 60 + max(pipes, 2 * plan.num_actors)  # 60: Python, torch, CUDA
+    limit = make_room_for_descriptors(needed)
+    words = f"about {needed} open files a process, limit {limit:,}"
+    if needed > limit:
+        return Check(
+            "descriptors", "refused", (f"expected {words}",),
+            "raise the limit (ulimit -Hn, docker run --ulimit nofile=4096) or lower "
+            "--actor.num-actors or --actor.envs-per-lane",
+        )  # fmt: skip
+    return Check("descriptors", "ok", (words,))
+
+
+def can_write(folder: Path) -> Check:
+    """Whether a run could be saved in `folder`, by making a file there and taking it away."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    probe = place / f".asyncrl-doctor-{os.getpid()}"
+    try:
+        probe.write_bytes(b"x" * 4096)
+        probe.unlink()
+    except OSError as error:
+        words = f"expected to write in {place}, got {error}"
+        return Check("write access", "refused", (words,), "give permission, make room, or set "
+                     "ASYNCRL_RUNS to a folder elsewhere")  # fmt: skip
+    return Check("write access", "ok", (f"{place}",))

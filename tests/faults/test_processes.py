@@ -1,0 +1,58 @@
+"""Processes that die, hang or stand still; benchmarks/faults.py draws up the whole scorecard."""
+
+from __future__ import annotations
+
+from tests.faults import processes
+from tests.test_ring import test_a_killed_producer_loses_repeats_and_tears_nothing
+from tests.test_weights import test_versions_are_whole_and_growing_while_writers_write_and_die
+
+test_fault_06_killed_inside_the_slot_write = test_a_killed_producer_loses_repeats_and_tears_nothing
+test_fault_26_writers_die_while_they_publish = (
+    test_versions_are_whole_and_growing_while_writers_write_and_die
+)
+del test_a_killed_producer_loses_repeats_and_tears_nothing
+del test_versions_are_whole_and_growing_while_writers_write_and_die
+
+
+def test_fault_01_actor_killed_mid_unroll(lab):
+    lab.judge(processes.fault_01(lab))
+
+
+def test_fault_03_environments_that_cannot_be_made(lab):
+    lab.judge(processes.fault_03(lab))
+
+
+def test_fault_04_environments_that_hang(lab):
+    lab.judge(processes.fault_04(lab))
+
+
+def test_fault_05_crash_in_native_code(lab):
+    lab.judge(processes.fault_05(lab))
+
+
+def test_fault_07_all_actors_die_at_once(lab):
+    lab.judge(processes.fault_07(lab))
+
+
+def test_fault_08_learner_killed(lab):
+    lab.judge(processes.fault_08(lab))
+
+
+def test_fault_09_whole_tree_killed(lab):
+    lab.judge(processes.fault_09(lab))
+
+
+def test_fault_13_evaluator_killed(lab):
+    lab.judge(processes.fault_13(lab))
+
+
+def test_fault_25_learner_stalled(lab):
+    lab.judge(processes.fault_25(lab))
+
+
+def test_fault_26_learner_killed_while_it_publishes(lab):
+    lab.judge(processes.fault_26(lab, times=1))
+
+
+def test_fault_27_churn(lab):
+    lab.judge(processes.fault_27(lab, times=3))

@@ -1,0 +1,73 @@
+"""One line that says how a run is."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from asyncrl import cli
+from asyncrl.health import SILENT_SECONDS, Life, health, look
+from asyncrl.logs import Event, EventLog, RunLog
+
+NOW = 1_000_000.0
+ROW = {
+    "time": NOW - 3, "actors/alive": 2, "actors/restarts": 0, "learner/restarts": 0,
+    "memory/learner_mb": 1_200.0, "memory/actors_mb": 600.0, "memory/rss_mb": 5e9,
+    "memory/shared_mb": 200.0, "fds/learner": 30, "fds/actors": 40,
+}  # fmt: skip
+
+
+def life(*events: tuple[float, str, str]) -> Life:
+    found = Life()
+    found.take(Event(NOW - ago, kind, text, {"status": "1"}) for ago, kind, text in events)
+    return found
+
+
+START, SAVED = (500, "start", "run x started"), (100, "checkpoint", "checkpoint_1 saved")
+
+
+@pytest.mark.parametrize(
+    "row, events, well, words",
+    [
+        (ROW, [START, SAVED], True,
+         "well: heard of 3 s ago, 2 actors, 2.00 GB, 70 open files, checkpoint saved 1 min ago"),
+        (ROW | {"learner/restarts": 1, "actors/restarts": 2, "log/dropped": 7, "envs/rebuilt": 4},
+         [START], True, "restarts 3, envs made anew 4, log lines lost 7"),
+        (ROW, [START, (9, "checkpoint", "not saved: no space")], False,
+         "in trouble: heard of 3 s ago"),
+        (ROW, [START, (9, "checkpoint", "not saved")], False, "could not be saved 9 s ago"),
+        (ROW | {"actors/alive": 0}, [START], False, "in trouble"),
+        (ROW, [(900, "end", "ended"), (20, "start", "again")], True, "2 actors"),
+        (ROW, [(2, "start", "again")], True, "starting since 2 s"),
+        ({}, [(20, "start", "begun")], True, "starting since 20 s"),
+        ({}, [(400, "start", "begun")], False, "last heard of 6 min ago: not started, stuck or"),
+        ({}, [], False, "no row of metrics yet"),
+        (ROW | {"time": NOW - SILENT_SECONDS - 1}, [(9_000, "start", "begun")], False,
+         "last heard of 5 min ago: not started, stuck or killed"),
+        (ROW | {"time": NOW - 9_000}, [(9_900, "start", "begun")], False, "of 2 h 30 min ago"),
+        (ROW, [START, (130, "end", "run x ended")], False, "ended with status 1, 2 min ago"),
+    ],
+)  # fmt: skip
+def test_health_in_words(row, events, well, words):
+    found = health(row, life(*events), NOW)
+    assert found.well == well and words in found.words, found
+
+
+def test_watch_tells_it_and_exits_by_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ASYNCRL_RUNS", str(tmp_path))
+    log, events = RunLog(tmp_path / "x", tensorboard=False), EventLog(tmp_path / "x" / "events.log")
+    (tmp_path / "x" / "config.json").write_text("{}")
+    assert cli.main(["watch", "x", "--health"]) == 1
+    events.event("start", "run x started")
+    assert look(tmp_path / "x").words.startswith("starting")
+    for _ in range(3_000):  # more than is read
+        log.write(ROW | {"time": time.time(), "filler": 1.0})
+    with open(tmp_path / "x" / "metrics.jsonl", "a") as file:
+        file.write('{"time": 3')
+    capsys.readouterr()
+    assert cli.main(["watch", "x", "--health"]) == 0
+    assert capsys.readouterr().out.startswith("well: heard of 0 s ago, 2 actors, 2.00 GB")
+    events.event("end", "run x ended", status=143)
+    assert cli.main(["watch", "x", "--health"]) == 1
+    assert "ended with status 143" in capsys.readouterr().out
