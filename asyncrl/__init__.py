@@ -12,6 +12,7 @@ One transition and one weight update go round like this, a file a station:
     transport/     ring.py and weights.py on any memory; shared_memory.py of Linux
     learner.py     drain -> store -> update -> publish; the one throttle; what is saved
     stores/        replay.py: rows, seams, draws; rollout.py: a queue; limiter.py: who waits
+                   (selection.py, sum_tree.py: priorities; sequences.py: recurrent states)
     algorithms/    dqn.py, a2c.py, ppo.py: config, loss and update on a page; returns.py
     run.py         how these are wired in each process; supervisor.py keeps them alive
 

@@ -142,8 +142,10 @@ def run_actor(process: Process, index: int, generation: int) -> None:
                 # Turns must be exact: all go back to the last checkpoint.
                 if failures > MAX_ENV_FAILURES or process.config.schedule != "async":
                     raise
-                events.event("env", f"actor {index}: environments made anew: {error}")
                 rebuilds[0] += 1
+                if rebuilds[0] < 100 or rebuilds[0] % 100 == 0:  # a week has many steps
+                    text = f"actor {index}: environments made anew: {error}"
+                    events.event("env", text, times=rebuilds[0])
                 rebuild(actor)
             links.learner_bell.ring()
             if links.status.stopping:

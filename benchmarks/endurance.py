@@ -27,7 +27,7 @@ MAX_MB_AN_HOUR, MAX_DRIFT = 1.0, 0.05  # of a soak
 
 
 class Storm:
-    """A run and what is done to it; each method is a fault, by its number in faults.py."""
+    """A run and what is done to it, by the numbers of faults.py; each tells whether it hit."""
 
     def __init__(self, runs: Path, launch: Path, rest: list[str], rng: random.Random):
         self.runs, self.launch, self.rest, self.rng = runs, launch, rest, rng
@@ -38,14 +38,17 @@ class Storm:
         self.run = Run(self.runs, "chaos", self.launch, *self.rest)
         self.run.process.stdout.close()
 
-    def send(self, role: str, number: int) -> None:
+    def send(self, role: str, number: int) -> bool:
         """A signal to all processes of a role that are there now."""
-        for child in psutil.Process(self.run.process.pid).children(recursive=True):
+        hit = False
+        for child in self.run.children():
             with contextlib.suppress(psutil.Error):
                 if f"asyncrl.run {role} " in " ".join(child.cmdline()):
                     child.send_signal(number)
+                    hit = True
+        return hit
 
-    def stop(self, number: int) -> None:
+    def stop(self, number: int) -> bool:
         """A signal to the parent, and the same command again."""
         self.run.children()
         self.run.signal(number)
@@ -53,13 +56,18 @@ class Storm:
         if left := self.run.orphans():
             raise RuntimeError(f"after signal {number} these were left: {left}")
         self.start()
+        return True
 
-    def stall(self) -> None:
-        self.send("learner", signal.SIGSTOP)
+    def stall(self) -> bool:
+        hit = self.send("learner", signal.SIGSTOP)
         time.sleep(5)
-        self.send("learner", signal.SIGCONT)
+        return self.send("learner", signal.SIGCONT) and hit
 
-    def faults(self) -> dict[str, Callable[[], None]]:
+    def forget_logs(self) -> bool:
+        shutil.rmtree(self.run.folder / "logs", ignore_errors=True)
+        return True
+
+    def faults(self) -> dict[str, Callable[[], bool]]:
         return {
             "1 actor killed": lambda: self.send("actor 0", signal.SIGKILL),
             "4 actor stopped": lambda: self.send("actor 0", signal.SIGSTOP),
@@ -69,7 +77,7 @@ class Storm:
             "9 tree killed": lambda: self.stop(signal.SIGKILL),
             "10 SIGTERM": lambda: self.stop(signal.SIGTERM),
             "11 SIGINT": lambda: self.stop(signal.SIGINT),
-            "12 logs deleted": lambda: shutil.rmtree(self.run.folder / "logs", True),
+            "12 logs deleted": self.forget_logs,
             "13 evaluator killed": lambda: self.send("evaluator", signal.SIGKILL),
             "25 learner stalled 5 s": self.stall,
         }
@@ -89,8 +97,7 @@ def chaos(options: argparse.Namespace, rest: list[str], report: Report) -> None:
             if status is not None:
                 break
             name = rng.choice(list(storm.faults()))
-            storm.faults()[name]()
-            counts[name] += 1
+            counts[name] += storm.faults()[name]()
     finally:
         storm.run.kill_tree()
     minutes = (time.monotonic() - begun) / 60
@@ -102,6 +109,7 @@ def chaos(options: argparse.Namespace, rest: list[str], report: Report) -> None:
         f"{sum(counts.values())} faults in {minutes:.1f} minutes; exit status {status}; "
         f"{steps[-1]:,} env steps, {deaths} deaths"
     )
+    report.goal("exit status", float(status), at_most=0)
     report.goal("env steps never go back", float(steps == sorted(steps)), at_least=1)
     told = asyncrl(folder, "eval", "chaos", "--episodes", 100, "--epsilon", 0)
     found = re.search(r"mean return\s+(-?[\d.]+)", told)
@@ -141,7 +149,8 @@ def soak(options: argparse.Namespace, rest: list[str], report: Report) -> None:
     slope = float(np.polyfit(hours[late], total[late], 1)[0])
     quarter = len(rate) // 4
     drift = float(np.median(rate[-quarter:]) / np.median(rate[quarter : 2 * quarter]) - 1)
-    report.note(f"{options.soak:g} hours of {options.launch} {' '.join(rest)}, {len(rate)} rows; "
+    command = " ".join([options.launch, *rest])
+    report.note(f"{options.soak:g} hours of {command}, {len(rate)} rows; "
                 f"throughput {np.median(rate):.0f} env steps/s, drift {drift:+.1%}")  # fmt: skip
     report.goal("memory of all processes", slope, at_most=MAX_MB_AN_HOUR, unit=" MB/h")
     report.goal("drift of throughput", abs(drift), at_most=MAX_DRIFT)

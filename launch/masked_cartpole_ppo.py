@@ -2,8 +2,9 @@
 
     ./run_main.sh masked launch/masked_cartpole_ppo.py
 
-Hardware: 2 cores, no GPU.
-Score: no run of the full length was made yet.
+Hardware: 2 cores, no GPU; 4 minutes.
+Score: 500.0 in its last evaluation of 20 greedy games, seed 1. Without the LSTM (--model.lstm 0),
+seed 0, training games were at 48.8 after 116,364 env steps.
 """
 
 from asyncrl import (

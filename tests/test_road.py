@@ -176,6 +176,7 @@ def test_ctrl_c_twice_ends_at_once_and_the_last_checkpoint_is_whole(start, tmp_p
     run.wait_until(lambda: list((run.folder / "checkpoints").glob("checkpoint_*")))
     run.children()
     run.signal(signal.SIGINT)
+    run.wait_until(lambda: run.count("stopping"))  # two at once may be heard as one
     run.signal(signal.SIGINT)
     status, output = run.finish(15)
     assert status == 130, output

@@ -121,6 +121,14 @@ def test_both_ends_are_reached_and_nothing_beyond(size):
     assert tree.find(last)[0].tolist() == [0] * 5
 
 
+@pytest.mark.parametrize("size", [5, 100])
+def test_a_border_belongs_to_what_lies_behind_it_and_never_to_a_zero(size):
+    tree = SumTree(size)
+    tree.set(torch.tensor([2, 4]), torch.tensor([3.0, 1.0]))
+    fraction = torch.tensor([0.0, 0.5, 0.75, 0.9], dtype=torch.float64)
+    assert tree.find(fraction)[0].tolist() == [2, 2, 4, 4]
+
+
 def test_an_empty_tree_finds_a_leaf_of_zero():
     tree = SumTree(10)
     index, value = tree.sample(7, torch.Generator().manual_seed(0))

@@ -151,8 +151,12 @@ class Lab:
 
     def until_env_steps(self, run: Run, more: int = 2_000) -> None:
         """Wait until the run has gone on by this many env steps."""
-        at = run.metrics()[-1]["env_steps"] if run.metrics() else 0
-        self.until(run, lambda: run.metrics()[-1]["env_steps"] > at + more, f"{more} env steps")
+
+        def env_steps() -> int:  # the log is cut back while a learner resumes
+            return max((row["env_steps"] for row in run.metrics()), default=0)
+
+        at = env_steps()
+        self.until(run, lambda: env_steps() > at + more, f"{more} env steps")
 
     def stop(self, run: Run, number: int = signal.SIGTERM, status: int | None = None) -> float:
         """End it by a signal; returns the seconds this took. Checks what must hold after it."""
