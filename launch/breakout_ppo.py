@@ -3,7 +3,8 @@
     ./run_main.sh breakout_ppo launch/breakout_ppo.py
 
 Hardware: one GPU and 8 or more cores, 4 GB of memory. Profile home: 2 cores, no GPU.
-Score: no run of the full length was made yet.
+Score: profile home, seed 1, stopped at 773,280 env steps: 36.7 (30 games, epsilon 0.01) and
+climbing. The full length was not run yet.
 """
 
 from dataclasses import replace
