@@ -17,8 +17,8 @@ class ReplayConfig:
     capacity: int = 1_000_000
     """Env steps kept."""
     samples_per_insert: float = 8.0
-    """Transitions learned from an env step. An update stands for batch_size / samples_per_insert env
-    steps, times sequence_length where sequences are drawn."""
+    """Transitions learned from an env step. An update stands for batch_size / samples_per_insert
+    env steps, times sequence_length where sequences are drawn."""
     learning_starts: int = 20_000
     """Env steps before the first update."""
     tolerance: int = 0
