@@ -10,7 +10,7 @@ One transition and one weight update go round like this, a file a station:
     actor.py       env + model + policy -> one unroll of each of its lanes  (models/, policies.py)
     types.py       the unroll: every field that crosses, described once
     transport/     ring.py and weights.py on any memory; shared_memory.py of Linux
-    learner.py     drain -> store -> update -> publish; the one throttle; what is saved
+    learner.py     drain -> store -> update -> publish; what is saved       (throttle.py)
     stores/        replay.py: rows, seams, draws; rollout.py: a queue; limiter.py: who waits
                    (selection.py, sum_tree.py: priorities; sequences.py: recurrent states)
     algorithms/    dqn.py, a2c.py, ppo.py: config, loss and update on a page; returns.py
@@ -44,7 +44,7 @@ _HOME = {
     "stores.replay": ("ReplayConfig",),
     "stores.rollout": ("RolloutConfig",),
     "actor": ("ActorConfig",),
-    "learner": ("LearnerConfig",),
+    "learner_config": ("LearnerConfig",),
     "evaluate": ("EvaluationConfig",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -22,7 +22,7 @@ from asyncrl.actor import ActorConfig
 from asyncrl.algorithms.dqn import DQNConfig
 from asyncrl.env_config import EnvConfig
 from asyncrl.evaluate import EvaluationConfig
-from asyncrl.learner import LearnerConfig
+from asyncrl.learner_config import LearnerConfig
 from asyncrl.models import ModelConfig
 
 

@@ -1,8 +1,8 @@
 """The learner: drain -> store -> update -> publish.
 
 It takes finished unrolls from all lanes into its store, updates while the store's rate limit
-allows, publishes weights, and moves the one throttle there is: how many unrolls each lane may
-begin. One object serves all schedules; they differ in who waits for whom.
+allows, publishes weights, and moves the throttle. One object serves all schedules; they differ in
+who waits for whom.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,58 +21,15 @@ from asyncrl.actor import ActorConfig
 from asyncrl.checkpoint import Checkpoints, Loaded
 from asyncrl.disk import CheckpointError
 from asyncrl.guards import UpdateGuard
+from asyncrl.learner_config import LearnerConfig
 from asyncrl.logs import EventLog, RunLog
-from asyncrl.metrics import EpisodeStatistics, Rate, TimeShares, bottleneck
+from asyncrl.metrics import ActorShares, EpisodeStatistics, Rate, TimeShares, bottleneck
 from asyncrl.segments import SegmentWriter, read_segments
 from asyncrl.state import flatten, unflatten
+from asyncrl.throttle import Throttle
 from asyncrl.transport.ring import Ring, UnrollReader, Word
 from asyncrl.transport.weights import WeightsWriter
 from asyncrl.types import Spec, Unroll
-
-ACTOR_SHARES = {
-    "env": Word.TIME_ENV,
-    "inference": Word.TIME_INFERENCE,
-    "write": Word.TIME_WRITE,
-    "pull": Word.TIME_PULL,
-    "wait": Word.TIME_WAIT,
-}
-
-
-@dataclass(frozen=True)
-class LearnerConfig:
-    """Where and how often the learner does what it does beside updates."""
-
-    device: str = "auto"
-    """"auto": the GPU where there is one."""
-    num_threads: int = 0
-    """Torch threads for learning (0: one a core, or a single one for a small model)."""
-    sync_period: int = 1
-    """Updates between two syncs of the ring into the store."""
-    publish_period: int = 0
-    """Updates between two publications of the weights (0: as the algorithm suggests)."""
-    log_seconds: float = 5.0
-    """Between two rows of metrics."""
-    checkpoint_seconds: float = 300.0
-    """Between two checkpoints where actors run freely."""
-    checkpoint_steps: int = 100_000
-    """Env steps between two checkpoints in lockstep and serial, where time must decide nothing."""
-    keep_checkpoints: int = 3
-    save_replay: bool = True
-    """Keep the replay in checkpoints too."""
-    tensorboard: bool = True
-
-    def __post_init__(self):
-        for name in ("sync_period", "checkpoint_steps", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected learner.{name} >= 1, got {getattr(self, name)}")
-        for name in ("num_threads", "publish_period"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"expected learner.{name} >= 0, got {getattr(self, name)}")
-
-    def resolved_device(self) -> torch.device:
-        if self.device != "auto":
-            return torch.device(self.device)
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Learner:
@@ -104,6 +60,7 @@ class Learner:
         self.streams = config.save_replay and self.store.streams  # unrolls into segment files
         self.rings = rings
         self.readers = [UnrollReader(ring) for ring in rings]
+        self.throttle = Throttle(actors, spec, self.readers, self.store, ring_actor)
         self.weights = weights
         self.policy_names = policy_names
         self.total_env_steps = total_env_steps
@@ -145,8 +102,7 @@ class Learner:
         self.started = self.last_checkpoint = self.last_log = now
         self.last_checkpoint_steps = self.env_steps
         self.rates = {"env_steps": Rate(self.env_steps), "updates": Rate(self.updates)}
-        self.actor_times = self._actor_times()
-        self.lane_time = time.monotonic_ns()
+        self.actor_shares = ActorShares(self.rings[:: self.actors.lanes_per_actor])
         self.process = psutil.Process()
         if not self.weights.version:  # last, because a version says that all before it is done
             self.weights.buffer.version[0] = self.first_version
@@ -235,7 +191,7 @@ class Learner:
                 if waiting[lane]:
                     reader.release()
                     self.ring_actor(lane // self.actors.lanes_per_actor)
-            self.store.expire(self.weights.version)  # before permit(), which sees the room it makes
+            self.store.expire(self.weights.version)  # the throttle sees the room this makes
         return sum(waiting)
 
     def _take(self, lane: int, unroll: Unroll, raw: np.ndarray) -> None:
@@ -284,36 +240,6 @@ class Learner:
             self.weights.publish()
         self.published_updates = self.updates
 
-    def permit(self) -> None:
-        """Move the throttle: let actors begin as many rounds as the store's rate limit covers."""
-        lanes, slots = self.actors.lanes_per_actor, self.actors.slots_per_lane
-        unroll = self.spec.unroll_length * self.spec.num_envs
-        ahead = []  # unrolls permitted and not yet taken, by actor
-        for actor in range(self.actors.num_actors):
-            own = self.readers[actor * lanes : (actor + 1) * lanes]
-            permitted = min(reader.permitted for reader in own)
-            ahead.append(permitted - min(reader.taken for reader in own))
-        most = min(slots + 1, self.store.limiter.rounds_ahead)
-        gone = [bool(ring.read(Word.GONE)) for ring in self.rings[::lanes]]
-        begun = sum(rounds for rounds, lost in zip(ahead, gone, strict=True) if not lost)
-        ahead = [most if lost else rounds for rounds, lost in zip(ahead, gone, strict=True)]
-        budget = self.store.insert_limit() - self.env_steps - begun * lanes * unroll
-        if not begun and not self.store.updates_allowed():
-            budget = max(budget, lanes * unroll)  # or nothing would ever come
-        while budget >= lanes * unroll and min(ahead) < most:
-            actor = int(np.argmin(ahead))
-            self._permit(actor, 1)
-            ahead[actor] += 1
-            budget -= lanes * unroll
-
-    def _permit(self, actor: int, rounds: int) -> None:
-        lanes = self.actors.lanes_per_actor
-        own = self.readers[actor * lanes : (actor + 1) * lanes]
-        upto = min(reader.permitted for reader in own) + rounds
-        for reader in own:
-            reader.permit(upto)
-        self.ring_actor(actor)
-
     # -- schedules -------------------------------------------------------------------------------
 
     def run_async(self, wait: Callable[[Callable[[], bool]], bool]) -> None:
@@ -324,7 +250,7 @@ class Learner:
 
         while not self.done():
             self.drain()
-            self.permit()
+            self.throttle.move()
             if self.learn(self.config.sync_period) == 0:
                 with self.shares.time("wait"):
                     if not wait(something_to_do):
@@ -344,7 +270,7 @@ class Learner:
 
         while not self.done():
             for actor in range(self.actors.num_actors):
-                self._permit(actor, 1)
+                self.throttle.permit(actor)
             with self.shares.time("wait"):
                 if not play(all_played):
                     return
@@ -435,21 +361,12 @@ class Learner:
     def elapsed_seconds(self) -> float:
         return self.elapsed_before + time.monotonic() - self.started
 
-    def _actor_times(self) -> np.ndarray:
-        """(actors, shares) cumulative nanoseconds."""
-        lanes = self.actors.lanes_per_actor
-        words = [ring.words[list(ACTOR_SHARES.values())] for ring in self.rings[::lanes]]
-        return np.array(words)
-
     def write_metrics(self) -> None:
         """One row: everything a person or a program needs to see how the run is doing."""
-        now, limiter = time.monotonic_ns(), self.store.limiter
-        times = self._actor_times()
-        spent = (times - self.actor_times).mean(0) / max(now - self.lane_time, 1)
-        self.actor_times, self.lane_time = times, now
+        limiter = self.store.limiter
         in_flight = [reader.waiting() for reader in self.readers]
         learner = self.shares.fractions_since_last()
-        actor = dict(zip(ACTOR_SHARES, spent.tolist(), strict=True))
+        actor = self.actor_shares.fractions_since_last()
         waits = {"learner": learner.get("wait", 0.0), "actors": actor["wait"]}
         longer = max(waits, key=waits.__getitem__)
         if self.lags:  # of the unrolls since the last row; if there were none, what was true then

@@ -6,6 +6,8 @@ from collections import defaultdict, deque
 
 import numpy as np
 
+from asyncrl.transport.ring import Ring, Word
+
 
 class TimeShares:
     """Where one thread's time goes: `with shares.time("update"): ...`, nested as you like.
@@ -50,6 +52,34 @@ class TimeShares:
         }
         self._last, self._last_nanoseconds = self._mark, dict(self.nanoseconds)
         return fractions | {"rest": max(0.0, 1.0 - sum(fractions.values()))}
+
+
+ACTOR_SHARES = {
+    "env": Word.TIME_ENV,
+    "inference": Word.TIME_INFERENCE,
+    "write": Word.TIME_WRITE,
+    "pull": Word.TIME_PULL,
+    "wait": Word.TIME_WAIT,
+}
+
+
+class ActorShares:
+    """Where the actors' time goes, on average, by what each writes into its first lane's ring."""
+
+    def __init__(self, rings: list[Ring]):
+        self.rings = rings
+        self._mark, self._spent = time.monotonic_ns(), self._nanoseconds()
+
+    def _nanoseconds(self) -> np.ndarray:
+        """(actors, shares), cumulative."""
+        return np.array([ring.words[list(ACTOR_SHARES.values())] for ring in self.rings])
+
+    def fractions_since_last(self) -> dict[str, float]:
+        """Fractions of the wall time since the last call (or construction), by share."""
+        now, spent = time.monotonic_ns(), self._nanoseconds()
+        fractions = (spent - self._spent).mean(0) / max(now - self._mark, 1)
+        self._mark, self._spent = now, spent
+        return dict(zip(ACTOR_SHARES, fractions.tolist(), strict=True))
 
 
 class Rate:

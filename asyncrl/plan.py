@@ -52,8 +52,8 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
     from asyncrl.config import resolve
     from asyncrl.describe import describe
     from asyncrl.envs import make_envs
-    from asyncrl.models.contract import state_fields
-    from asyncrl.policies import as_mixture
+    from asyncrl.models.contract import try_model
+    from asyncrl.policies import as_mixture, check_policy
     from asyncrl.transport.weights import weights_fields
 
     config = resolve(launch_file, options, original)
@@ -62,7 +62,10 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
     observation_space, action_space = envs.observation_space, envs.action_space
     envs.close()
     model = config.model(observation_space, action_space)
-    state = state_fields(model, config.algorithm.head, observation_space, action_space)
+    state, outputs = try_model(model, config.algorithm.head, observation_space, action_space)
+    mixture = as_mixture(config.policy)
+    outputs = {name: output[0].detach().float().numpy() for name, output in outputs.items()}
+    check_policy(mixture, outputs, action_space.shape)
     num_states = getattr(config.algorithm, "num_states", 1)
     sizes = actor.unroll_length, actor.envs_per_lane
     spec = Spec(*sizes, observation_space, action_space, state, num_states)
@@ -75,7 +78,6 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
             raise ValueError(
                 f"expected a device that torch can use here, got {name!r}: {error}; use cpu or auto"
             ) from None
-    mixture = as_mixture(config.policy)
     weights = weights_fields(model.state_dict(), context_fields(len(mixture.names)))
     store = config.algorithm.store_nbytes(model, spec, actor.num_lanes)
     num_processes = 1 if config.schedule == "serial" else 1 + actor.num_actors

@@ -64,14 +64,18 @@ class Random:
 
 @dataclass(frozen=True)
 class Greedy:
-    """The best action by Q-value or logit; in a Box the middle of the distribution."""
+    """The best action by Q-value or logit; in a Box the middle of the distribution.
+
+    There its density is infinite: an importance ratio to it is 0, and no policy learns from it.
+    """
 
     def initial_state(self, num_envs: int) -> Any:
         return ()
 
     def __call__(self, outputs, state, first, step, context, rng):
         action = mode(outputs)
-        return action, np.zeros(len(action), np.float32), state
+        certain = np.inf if "mean" in outputs else 0.0
+        return action, np.full(len(action), certain, np.float32), state
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,23 @@ def as_mixture(policy) -> Mixture:
     if isinstance(policy, Mixture):
         return policy
     return Mixture((Part(type(policy).__name__, policy),))
+
+
+def check_policy(mixture: Mixture, outputs: dict[str, np.ndarray], action_shape: tuple) -> None:
+    """Let all parts act once on a model's outputs (B, ...); ValueError for one that cannot."""
+    B = len(next(iter(outputs.values())))
+    lengths = {name: np.zeros(0, np.int64) for name in mixture.names}
+    context, rng = Context(0, recent_lengths=lengths), unroll_rng(0, 0, 0)
+    for part in mixture.parts:
+        state = part.policy.initial_state(B)
+        step = np.zeros(B, np.int64)
+        action, log_prob, _ = part.policy(outputs, state, step == 0, step, context, rng)
+        got = np.shape(action), np.shape(log_prob)
+        if got != ((B, *action_shape), (B,)):
+            raise ValueError(
+                f"expected the policy {part.name} to give actions {(B, *action_shape)} and "
+                f"log-probabilities {(B,)}, got {got[0]} and {got[1]}"
+            )
 
 
 def unroll_rng(seed: int, lane: int, sequence: int) -> np.random.Generator:

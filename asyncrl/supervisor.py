@@ -42,6 +42,7 @@ USAGE_SECONDS = 5.0  # between two looks at what the processes take
 CHILD_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # and in large pages, where the system lends some
     "PYTHONUNBUFFERED": "1",
 }
 

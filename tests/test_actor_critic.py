@@ -274,7 +274,9 @@ def test_passes_stop_behind_the_step_that_went_too_far():
     steps = next(i for i, kl in enumerate(kls) if kl > target) + 1
     assert 1 < steps < 10
     stopped = built(replace(config, target_kl=target))
-    metrics = stopped.update(Given(rollout))
+    given = Given(rollout)
+    metrics = stopped.update(given)
+    assert given.uses == [steps / 2]  # minibatches over minibatches a pass
     assert stopped.updates == steps and float(metrics["loss/kl"]) == pytest.approx(kls[steps - 1])
     assert metrics["loss/explained_variance"].isfinite()
     stopped.update(Given(rollout))

@@ -150,6 +150,23 @@ def test_memory_is_refused_with_the_arithmetic(in_this_process, runs, launch_fil
             "expected frame_stack >= 1, and 1 for Dict and Tuple observations, got 4 for Dict",
         ),
         (
+            "from asyncrl import *\nconfig = Config(EnvConfig('Pendulum-v1'), policy=Mixture(("
+            "Part('own', Sample()), Part('wild', EpsilonGreedy()))), algorithm=PPOConfig())",
+            "expected outputs 'q' or 'logits' of discrete actions",
+        ),
+        (
+            "from asyncrl import *\nclass Two(Random):\n def __call__(self, *x):\n"
+            "  return *(y[:2] for y in super().__call__(*x)[:2]), ()\n"
+            "config = Config(EnvConfig('CartPole-v1'), policy=Two())",
+            "expected the policy Two to give actions (3,) and log-probabilities (3,), got (2,)",
+        ),
+        (
+            "from asyncrl import *\n"
+            "algorithm = PPOConfig(rollout=ReplayConfig())\n"
+            "config = Config(EnvConfig('CartPole-v1'), algorithm=algorithm)",
+            "expected a RolloutConfig for rollout, got ReplayConfig: on-policy algorithms learn",
+        ),
+        (
             LAUNCH_FILE.replace('"CartPole-v1"', '"tests.counting_env:make_one"'),
             "make_one",
         ),

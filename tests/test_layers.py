@@ -26,7 +26,7 @@ LAYERS = [
     }
     | {"segments", "checkpoint"},
     {"algorithms"},
-    {"actor", "learner", "evaluate", "guards"},
+    {"actor", "learner", "learner_config", "throttle", "evaluate", "guards"},
     {"config"},
     {"plan", "folder", "preflight", "children", "run", "supervisor", "video"},
     {"panel", "health", "plots", "doctor", "cli"},

@@ -11,7 +11,8 @@ from asyncrl.actor import Actor, ActorConfig, context_fields
 from asyncrl.algorithms.dqn import DQNConfig
 from asyncrl.env_config import EnvConfig
 from asyncrl.envs import make_envs
-from asyncrl.learner import Learner, LearnerConfig
+from asyncrl.learner import Learner
+from asyncrl.learner_config import LearnerConfig
 from asyncrl.models import ModelConfig
 from asyncrl.policies import Random, as_mixture
 from asyncrl.stores.replay import ReplayConfig
@@ -61,7 +62,7 @@ class Box:
         )  # fmt: skip
 
     def turn(self, actors: list[Actor]) -> None:
-        self.learner.permit()
+        self.learner.throttle.move()
         for actor in actors:
             if actor.may_begin():
                 actor.play()

@@ -412,8 +412,9 @@ def test_the_last_layers_begin_small_for_the_policy_and_at_one_for_the_value():
     torch.testing.assert_close(value.weight.norm(), torch.ones(()))
     recurrent = model.lstm.lstm.weight_hh_l0  # (4H, H)
     torch.testing.assert_close(recurrent.T @ recurrent, torch.eye(6), rtol=0, atol=1e-5)
-    biases = [value.bias, policy.bias, model.lstm.lstm.bias_ih_l0, model.lstm.lstm.bias_hh_l0]
-    assert not any(bias.any() for bias in biases)
+    assert not any(bias.any() for bias in (value.bias, policy.bias, model.lstm.lstm.bias_hh_l0))
+    i, f, g, o = model.lstm.lstm.bias_ih_l0.chunk(4)
+    assert (f == 1).all() and not any(bias.any() for bias in (i, g, o))  # it remembers
 
 
 @pytest.mark.parametrize("space", [VECTOR, spaces.Box(0, 255, (36, 36), np.uint8)], ids=str)

@@ -19,7 +19,8 @@ from asyncrl.algorithms.a2c import A2CConfig
 from asyncrl.algorithms.ppo import PPOConfig
 from asyncrl.env_config import EnvConfig
 from asyncrl.envs import make_envs
-from asyncrl.learner import Learner, LearnerConfig
+from asyncrl.learner import Learner
+from asyncrl.learner_config import LearnerConfig
 from asyncrl.models import ModelConfig
 from asyncrl.models.contract import state_fields
 from asyncrl.policies import EpsilonGreedy, Mixture, Part, Softmax, as_mixture
@@ -153,7 +154,7 @@ class Box:
 
     def collect(self) -> None:
         """Let every actor play what it may."""
-        self.learner.permit()
+        self.learner.throttle.move()
         for actor in self.actors:
             while actor.may_begin():
                 actor.play()
@@ -174,6 +175,8 @@ class Given:
     def __init__(self, rollout: Rollout, inserted: int = 0):
         self.sample = lambda device: rollout
         self.limiter = type("Limiter", (), {"inserted": inserted})
+        self.uses = []
+        self.used = self.uses.append
 
 
 def weights_of(algorithm) -> dict[str, torch.Tensor]:

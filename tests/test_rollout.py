@@ -75,6 +75,7 @@ def test_every_unroll_comes_out_once_in_order_in_its_columns(num_unrolls, frame_
         assert queue.updates_allowed() == (len(lanes.made) - taken) // each
         while queue.updates_allowed():
             assert_columns(queue.sample(CPU), lanes.made[taken : taken + each])
+            queue.used(3)
             taken += each
             steps = [int(unroll.valid.sum()) for unroll in lanes.made]
             assert queue.limiter.inserted == sum(steps) < 15 * len(steps)
@@ -142,6 +143,7 @@ def test_saved_and_loaded_it_is_the_same(count):
     queue = RolloutQueue(config, lanes.spec, 2, epochs=4)
     lanes.fill(queue, 4, version=1)
     queue.sample(CPU)
+    queue.used(4)
     queue.expire(9)
     lanes.fill(queue, count, version=9)
     arrays, numbers = flatten(queue.state_dict())
@@ -271,7 +273,7 @@ def test_actors_are_never_more_than_their_rollouts_ahead(num_unrolls, num_actors
     rng = np.random.default_rng(0)
     for _ in range(60):
         box.learner.drain()
-        box.learner.permit()
+        box.learner.throttle.move()
         for _ in range(rng.integers(0, 12)):
             actor = box.actors[rng.integers(num_actors)]
             if actor.may_begin():
@@ -291,7 +293,7 @@ def test_a_slow_actor_is_learned_from_only_while_it_is_young_enough(tmp_path):
     slow, held, oldest = box.actors[3], [], 0
     for turn in range(60):
         box.learner.drain()
-        box.learner.permit()
+        box.learner.throttle.move()
         if turn % 9 == 0 and slow.may_begin():
             held = [lane.writer for lane in slow.lanes]
             for writer in held:
@@ -366,7 +368,7 @@ def test_actors_given_up_do_not_hold_back_the_others(num_actors, alive, ahead, t
     """What they were permitted is counted as theirs for ever, unless they are marked as gone."""
     rollout = RolloutConfig(ahead=ahead)
     box = Box(tmp_path, A2CConfig(precision="float32", rollout=rollout), num_actors=num_actors)
-    box.learner.permit()
+    box.learner.throttle.move()
     lanes = box.config.lanes_per_actor
     for ring in box.rings[alive * lanes :]:
         ring.words[Word.GONE] = 1

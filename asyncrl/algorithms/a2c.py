@@ -56,7 +56,7 @@ class A2CConfig:
 
     def __post_init__(self):
         ac.check_settings(
-            self.gamma, self.lambda_, self.n_step, value_coef=self.value_coef,
+            self.rollout, self.gamma, self.lambda_, self.n_step, value_coef=self.value_coef,
             entropy_coef=value_at(self.entropy_coef, 0), reward_clip=self.reward_clip,
             clip_rho=self.clip_rho,
         )  # fmt: skip
@@ -121,6 +121,7 @@ class A2C:
         if config.normalize_advantage:
             advantage = ac.normalize(advantage, valid)
 
+        ratio = ac.importance_ratio(current.detach(), rollout.log_prob)
         policy_loss = a2c_loss(current, rollout.log_prob, advantage, valid, config.clip_rho)
         error = ac.masked(value[:-1] - target.value, valid) / ac.return_scale(self.model)
         value_loss = 0.5 * ac.mean(error.square(), valid)
@@ -129,6 +130,7 @@ class A2C:
         loss = loss - value_at(config.entropy_coef, env_steps) * spread
 
         metrics = self.descend(loss, env_steps)
+        store.used(1)
         # Afterwards, because it writes to weights whose values the gradient needs.
         ac.renormalize(self.model, target.value, valid)
         ac.update_statistics(self.model, rollout)
@@ -136,6 +138,8 @@ class A2C:
             "loss/policy": policy_loss.detach(),
             "loss/value": value_loss.detach(),
             "loss/entropy": spread.detach(),
+            "loss/kl": ac.divergence(ratio, valid),
+            "loss/clipped": ac.mean((ratio > config.clip_rho).float(), valid),
             "loss/value_mean": ac.mean(value[:-1].detach(), valid),
             "loss/explained_variance": ac.explained_variance(
                 value[:-1].detach(), target.value, valid

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from asyncrl.algorithms.distributions import log_prob
 from asyncrl.algorithms.returns import gae, n_step, td_advantage, vtrace
-from asyncrl.stores.rollout import Rollout
+from asyncrl.stores.rollout import Rollout, RolloutConfig
 from asyncrl.types import tree_map
 
 Estimator = Literal["gae", "n_step", "vtrace"]
@@ -60,6 +60,12 @@ def targets(
 def importance_ratio(current: Tensor, behaviour: Tensor) -> Tensor:
     """pi / mu of actions from their log-probabilities, finite also for an impossible action."""
     return (current - behaviour).clamp(-20, 20).exp()
+
+
+def divergence(ratio: Tensor, valid: Tensor) -> Tensor:
+    """Approximate KL of whoever acted from the policy that learns: the mean of (r - 1) - log r
+    (Schulman 2020)."""
+    return mean(ratio - 1 - ratio.log(), valid)
 
 
 def masked(values: Tensor, valid: Tensor) -> Tensor:
@@ -126,8 +132,16 @@ def update_statistics(model: nn.Module, rollout: Rollout) -> None:
         model.update_statistics(tree_map(lambda leaf: leaf[:T], rollout.obs), rollout.valid)
 
 
-def check_settings(gamma: float, lambda_: float, n_step: int, **at_least_0: float) -> None:
-    """ValueError for numbers that cannot be."""
+def check_settings(
+    rollout: RolloutConfig, gamma: float, lambda_: float, n_step: int, **at_least_0: float
+) -> None:
+    """ValueError for a store or numbers that cannot be."""
+    if not isinstance(rollout, RolloutConfig):
+        raise ValueError(
+            f"expected a RolloutConfig for rollout, got {type(rollout).__name__}: on-policy "
+            "algorithms learn from each unroll once, in order; a replay, uniform or prioritised, "
+            "is DQNConfig's"
+        )
     if not (0 <= gamma <= 1 and 0 <= lambda_ <= 1 and n_step >= 1):
         raise ValueError(
             "expected 0 <= gamma <= 1, 0 <= lambda_ <= 1 and n_step >= 1, got "

@@ -69,7 +69,7 @@ class PPOConfig:
 
     def __post_init__(self):
         ac.check_settings(
-            self.gamma, self.lambda_, self.n_step, value_coef=self.value_coef,
+            self.rollout, self.gamma, self.lambda_, self.n_step, value_coef=self.value_coef,
             entropy_coef=value_at(self.entropy_coef, 0), reward_clip=self.reward_clip,
             clip_ratio=value_at(self.clip_ratio, 0), clip_value=self.clip_value,
             target_kl=self.target_kl,
@@ -124,8 +124,7 @@ def ppo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(policy loss, approximate KL, share of clipped ratios); inputs of one shape.
 
-    `behaviour` is the log-probability of whoever acted, so it may be any policy of any age. The KL
-    is the estimator (r - 1) - log r of Schulman 2020.
+    `behaviour` is the log-probability of whoever acted, so it may be any policy of any age.
     """
     current, behaviour, advantage = (
         ac.masked(values, valid) for values in (current, behaviour, advantage)
@@ -134,7 +133,7 @@ def ppo_loss(
     clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
     loss = -ac.mean(torch.minimum(ratio * advantage, clipped * advantage), valid)
     with torch.no_grad():
-        kl = ac.mean(ratio - 1 - ratio.log(), valid)
+        kl = ac.divergence(ratio, valid)
         share = ac.mean(((ratio - 1).abs() > clip_ratio).float(), valid)
     return loss, kl, share
 
@@ -199,6 +198,7 @@ class PPO:
             columns = tuple(column.flatten(0, 1).unsqueeze(0) for column in columns)
 
         metrics: dict[str, Tensor] = {}
+        begun = self.updates
         for _ in range(config.epochs):
             order = torch.randperm(pieces, generator=self.generator).to(self.device)
             for index in order.split(size):
@@ -211,6 +211,8 @@ class PPO:
             else:
                 continue
             break
+        passes = (self.updates - begun) / config.num_minibatches
+        store.used(passes)
         metrics["loss/explained_variance"] = ac.explained_variance(
             value[:-1], target.value, rollout.valid
         )

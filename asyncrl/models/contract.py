@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from gymnasium import spaces
-from torch import nn
+from torch import Tensor, nn
 
 from asyncrl.types import Field, Tree, space_fields, tree_leaves, tree_map
 
@@ -16,10 +16,15 @@ CONTRACT = (
 )
 
 
-def state_fields(
+def state_fields(model: nn.Module, head: Any, *spaces: spaces.Space) -> Tree:
+    """Fields of a model's state for one environment, by `try_model`."""
+    return try_model(model, head, *spaces)[0]
+
+
+def try_model(
     model: nn.Module, head: Any, observation_space: spaces.Space, action_space: spaces.Space
-) -> Tree:
-    """Fields of a model's state for one environment.
+) -> tuple[Tree, dict[str, Tensor]]:
+    """Fields of a model's state for one environment, and its outputs (T, B, ...) of nothing.
 
     The model is called once on two steps of three environments. ValueError, with the contract,
     where it has no state contract, changes its state's shape, or lacks the outputs that `head`
@@ -59,7 +64,7 @@ def state_fields(
                 f"expected a model output {name!r} of shape {(T, B, *shape)} for {action_space} "
                 f"and an algorithm that learns a head {head!r}, got {got or sorted(outputs)}"
             )
-    return before
+    return before, outputs
 
 
 def _fields(state: Tree) -> Tree:

@@ -66,6 +66,8 @@ class LSTM(nn.Module):
                 nn.init.orthogonal_(parameter)
             else:
                 nn.init.zeros_(parameter)
+        with torch.no_grad():  # to begin with, remember (Gers et al. 2000)
+            self.lstm.bias_ih_l0[size : 2 * size] = 1.0
 
     def initial_state(self, num_envs: int) -> dict[str, Tensor]:
         return {"h": torch.zeros(num_envs, self.size), "c": torch.zeros(num_envs, self.size)}

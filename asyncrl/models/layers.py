@@ -13,6 +13,14 @@ def scale(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
     return layer
 
 
+class Linear(nn.Linear):
+    """`nn.Linear` of (N, inputs), computed as (W x')': with 16 to 48 rows and two threads MKL takes
+    a third of the time that it needs for x W'."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.addmm(self.bias.unsqueeze(1), self.weight, features.t()).t()
+
+
 class NoisyLinear(nn.Linear):
     """A linear layer whose weights are Gaussian, by factorised noise (Fortunato et al. 2018).
 

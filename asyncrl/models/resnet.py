@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from asyncrl.models.layers import SpectralConv2d, scale
+from asyncrl.models.layers import Linear, SpectralConv2d, scale
 
 
 class ResidualBlock(nn.Module):
@@ -38,7 +38,7 @@ class ImpalaTorso(nn.Module):
         width: int = 1,
         spectral_norm: bool = False,
         pool: int = 0,
-        linear: type[nn.Linear] = nn.Linear,
+        linear: type[nn.Linear] = Linear,
     ):
         super().__init__()
         layers: list[nn.Module] = []

@@ -12,7 +12,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from asyncrl.models.layers import NoisyLinear, scale
+from asyncrl.models.layers import Linear, NoisyLinear, scale
 from asyncrl.models.resnet import ImpalaTorso
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class NatureTorso(nn.Module):
 
     def __init__(
         self, channels: int, height: int, width: int, features: int,
-        linear: type[nn.Linear] = nn.Linear,
+        linear: type[nn.Linear] = Linear,
     ):  # fmt: skip
         super().__init__()
         if min(height, width) < 36:
@@ -52,7 +52,7 @@ class SmallImageTorso(nn.Module):
 
     def __init__(
         self, channels: int, height: int, width: int, features: int,
-        linear: type[nn.Linear] = nn.Linear,
+        linear: type[nn.Linear] = Linear,
     ):  # fmt: skip
         super().__init__()
         self.convolution = scale(nn.Conv2d(channels, 16, 3, padding=1))
@@ -84,7 +84,7 @@ class ImageEncoder(nn.Module):
             kind = "nature" if min(height, width) >= 36 else "small"
         names = ("torso_width", "torso_pool", "spectral_norm") if kind == "impala" else ()
         options = {name.removeprefix("torso_"): getattr(config, name) for name in names}
-        linear = NoisyLinear if config.noisy else nn.Linear
+        linear = NoisyLinear if config.noisy else Linear
         size = channels * stack, height, width, config.features
         self.torso = IMAGE_TORSOS[kind](*size, linear=linear, **options)
         self.features = config.features

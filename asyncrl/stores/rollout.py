@@ -87,6 +87,7 @@ class RolloutQueue:
         self.dropped = 0  # unrolls
         self.lags: list[int] = []  # of the unrolls in the newest rollout, in versions
         self.version = 0
+        self.drawn = 0  # env steps in the newest rollout
 
     @classmethod
     def nbytes(cls, config: RolloutConfig, spec: Spec, num_lanes: int) -> int:
@@ -136,9 +137,12 @@ class RolloutQueue:
         first_states = (tree_map(lambda states: states[:1], unroll.state) for unroll in unrolls)
         state = tree_map(side_by_side, *first_states)
         rollout = Rollout(*columns, tree_map(lambda states: states[0], state))
-        uses = self.limiter.samples_per_insert
-        self.limiter.sampled += int(uses * sum(unroll.valid.sum() for unroll in unrolls))
+        self.drawn = sum(int(unroll.valid.sum()) for unroll in unrolls)
         return rollout
+
+    def used(self, times: float) -> None:
+        """Count how often each step of the rollout drawn last was learned from."""
+        self.limiter.sampled += round(times * self.drawn)
 
     # -- reports and the checkpoint --------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from asyncrl.algorithms.dqn import DQN, DQNConfig
 from asyncrl.config import Config
 from asyncrl.envs import EnvConfig
 from asyncrl.evaluate import EvaluationConfig
-from asyncrl.learner import LearnerConfig
+from asyncrl.learner_config import LearnerConfig
 from asyncrl.models import ModelConfig
 from asyncrl.policies import Random
 from asyncrl.stores.replay import Replay, ReplayConfig

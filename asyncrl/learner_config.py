@@ -1,0 +1,44 @@
+"""What the learner is asked for beside an algorithm: device, threads, periods, what to keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """Where and how often the learner does what it does beside updates."""
+
+    device: str = "auto"
+    """"auto": the GPU where there is one."""
+    num_threads: int = 0
+    """Torch threads for learning (0: one a core, or a single one for a small model)."""
+    sync_period: int = 1
+    """Updates between two syncs of the ring into the store."""
+    publish_period: int = 0
+    """Updates between two publications of the weights (0: as the algorithm suggests)."""
+    log_seconds: float = 5.0
+    """Between two rows of metrics."""
+    checkpoint_seconds: float = 300.0
+    """Between two checkpoints where actors run freely."""
+    checkpoint_steps: int = 100_000
+    """Env steps between two checkpoints in lockstep and serial, where time must decide nothing."""
+    keep_checkpoints: int = 3
+    save_replay: bool = True
+    """Keep the replay in checkpoints too."""
+    tensorboard: bool = True
+
+    def __post_init__(self):
+        for name in ("sync_period", "checkpoint_steps", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected learner.{name} >= 1, got {getattr(self, name)}")
+        for name in ("num_threads", "publish_period"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"expected learner.{name} >= 0, got {getattr(self, name)}")
+
+    def resolved_device(self) -> torch.device:
+        if self.device != "auto":
+            return torch.device(self.device)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
