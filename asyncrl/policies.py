@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from asyncrl.sampling import epsilon_greedy, mode, preferences, sample, uniform_in_box
+from asyncrl.sampling import epsilon_greedy, mode, preferences, sample, uniform, uniform_in_box
 from asyncrl.schedules import Linear, Piecewise, value_at
 
 
@@ -59,7 +59,7 @@ class Random:
     def __call__(self, outputs, state, first, step, context, rng):
         if "mean" in outputs:
             return *uniform_in_box(outputs, rng), state
-        return *epsilon_greedy(preferences(outputs), 1.0, rng), state
+        return *uniform(preferences(outputs), rng), state
 
 
 @dataclass(frozen=True)

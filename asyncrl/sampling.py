@@ -88,6 +88,15 @@ def epsilon_greedy(
     return action, np.where(is_greedy, either, log_probs).astype(np.float32)
 
 
+def uniform(values: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(action, log_prob): every action (B) or (B, D) whose value is not -inf alike."""
+    if (values == -np.inf).any():
+        return epsilon_greedy(values, 1.0, rng)
+    *shape, num_actions = values.shape
+    log_prob = -math.prod(shape[1:]) * math.log(num_actions)
+    return rng.integers(num_actions, size=shape), np.full(shape[0], log_prob, np.float32)
+
+
 def uniform_in_box(outputs: dict, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """(action, log_prob): everywhere in the box alike; the density is, as always, that of u."""
     bounded, low, high = _box(outputs)

