@@ -185,6 +185,8 @@ def _train(options, rest: list[str]) -> int:
 
 def _eval(options, rest: list[str]) -> int:
     folder = find_run(options.run)
+    from gymnasium.spaces import Box
+
     from asyncrl import evaluate, video
     from asyncrl.config import ConfigError
     from asyncrl.disk import CheckpointError
@@ -228,7 +230,9 @@ def _eval(options, rest: list[str]) -> int:
             lambda step, action: any([watch(step, action) for watch in watchers]),
         )  # fmt: skip
     envs.close()
-    how = {"epsilon": options.epsilon, "seed": seed, "envs": num_envs}
+    how = {"seed": seed, "envs": num_envs}
+    if not isinstance(envs.action_space, Box):  # there the likeliest action is always taken
+        how = {"epsilon": options.epsilon} | how
     if games:
         for name, words in evaluate.table(games, config.env):
             print(f"{name:<12}{words}")

@@ -132,9 +132,7 @@ class Supervisor:
                 self._bury_the_dead()
                 self._look_at_hearts()
                 self._start_the_due()
-                self.status.words[Status.ALIVE] = sum(
-                    child.role == "actor" and child.process is not None for child in self.children
-                )
+                self.status.words[Status.ALIVE] = self._num_acting()
                 self._measure()
                 refresh()
         finally:
@@ -338,6 +336,11 @@ class Supervisor:
             return beat / 1e9, ACTOR_SECONDS
         word = Status.EVALUATOR_BEAT if child.role == "evaluator" else Status.LEARNER_BEAT
         return int(self.status.words[word]) / 1e9, LEARNER_SECONDS
+
+    def _num_acting(self) -> int:
+        """Actors that are alive; in `serial` all are in one process."""
+        alive = [child.role for child in self.children if child.process is not None]
+        return alive.count("actor") + alive.count("serial") * self.plan.num_actors
 
     def _measure(self) -> None:
         """Say now and then what the processes take, for rows of metrics."""
