@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -37,8 +38,9 @@ def context_fields(num_policies: int) -> dict[str, Field]:
 class ActorConfig:
     """How many environments act, and in what pieces their steps travel."""
 
-    num_actors: int = 1
-    """Actor processes."""
+    num_actors: int | Literal["auto"] = 1
+    """Actor processes; auto: as many as it takes to keep up with the learner here, found out by
+    some seconds of measuring (see `asyncrl bench`) as a run begins, and kept when it is resumed."""
     lanes_per_actor: int = 2
     """Groups of environments taken in turn: one steps while the net evaluates the other."""
     envs_per_lane: int = 8
@@ -59,7 +61,7 @@ class ActorConfig:
     def __post_init__(self):
         counts = ("num_actors", "lanes_per_actor", "envs_per_lane", "unroll_length", "num_threads")
         for name in (*counts, "slots_per_lane"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise ValueError(f"expected actor.{name} >= 1, got {getattr(self, name)}")
         if not 0 <= self.nice <= 19:
             raise ValueError(f"expected actor.nice from 0 to 19, got {self.nice}")

@@ -14,6 +14,14 @@ from typing import NamedTuple
 import psutil
 
 PAGE_NBYTES = os.sysconf("SC_PAGE_SIZE")
+# glibc gives large blocks back to the system and fetches them again at every update; told not to,
+# a training step on a CPU takes about half the time.
+CHILD_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_TRIM_THRESHOLD_": "4294967296",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # and in large pages, where the system lends some
+    "PYTHONUNBUFFERED": "1",
+}
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The command line: train, eval, plot, watch, doctor."""
+"""The command line: train, eval, plot, watch, doctor, bench."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry of `asyncrl`; returns the exit status."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("train", "doctor"):
+    if rest and options.command not in ("train", "doctor", "bench"):
         options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return options.do(options, rest)
@@ -115,6 +115,15 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     examine.add_argument("launch_file", type=Path, nargs="?", help="what is to be trained")
     examine.add_argument("run_id", nargs="?", help="where to")
+
+    measure = command(
+        "bench", _bench, "measure how fast a launch file will be here",
+        usage="asyncrl bench LAUNCH_FILE [--option value ...]",
+        description="Time an actor and the learner of a launch file alone, for about a minute, and "
+        "say how fast they will be together, what limits it, and with how many actors, groups and "
+        "threads they would be fastest here. The number of environments stays as it is.",
+    )  # fmt: skip
+    measure.add_argument("launch_file", type=Path, help="what is to be trained")
     return parser
 
 
@@ -327,6 +336,17 @@ def _watch(options, rest: list[str]) -> int:
                 time.sleep(1)
         except KeyboardInterrupt:
             return 0
+
+
+def _bench(options, rest: list[str]) -> int:
+    from asyncrl.bench import main
+
+    if not options.launch_file.is_file():
+        refuse(
+            f"expected a launch file, got {options.launch_file}, which is not there; launch/ holds "
+            "examples"
+        )
+    return main(options.launch_file, rest)
 
 
 def _doctor(options, rest: list[str]) -> int:

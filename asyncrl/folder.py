@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from asyncrl.children import CHILD_ENVIRONMENT
 from asyncrl.disk import write_atomically
 from asyncrl.plan import Plan, versions
 
@@ -69,7 +70,7 @@ class RunFolder:
         original = launch_file
         if not self.is_new:
             stored = self._read("launch.json", "options", "file")
-            options = [*stored["options"], *options]
+            options = [*stored["options"], *_without_auto(options)]
             if launch_file.is_file() and launch_file.read_bytes() == own_copy.read_bytes():
                 launch_file, original = own_copy, Path(stored["file"])
         if not launch_file.is_file():
@@ -77,9 +78,11 @@ class RunFolder:
                 f"expected a launch file, got {launch_file}, which is not there; "
                 "launch/ holds examples"
             )
+        options = list(options)
         self.launch = {"file": str(original.resolve()), "options": options}
         self.source = launch_file.read_bytes()
         plan = prepare_in_child(launch_file.resolve(), original.resolve(), options)
+        options += plan.measured  # kept, because every process reads these options again
         if not self.is_new:
             from asyncrl.describe import differences
 
@@ -122,6 +125,17 @@ class RunFolder:
             ) from None
 
 
+def _without_auto(options: list[str]) -> list[str]:
+    """A resumed run keeps the number of actors that was found for it."""
+    name, kept = "--actor.num-actors", []
+    for word in options:
+        if word == "auto" and kept[-1:] == [name]:
+            kept.pop()
+        elif word != f"{name}=auto":
+            kept.append(word)
+    return kept
+
+
 @contextlib.contextmanager
 def leaving_at_once(number: int) -> Iterator[None]:
     """As long as there is nothing to save. A container's process 1 has no other way to leave."""
@@ -141,7 +155,8 @@ def prepare_in_child(launch_file: Path, original: Path, options: list[str]) -> P
     read_end, write_end = os.pipe()
     command = [sys.executable, "-m", "asyncrl.run", "prepare", "0", str(launch_file),
                str(original), str(write_end), *options]  # fmt: skip
-    child = subprocess.Popen(command, pass_fds=[write_end])
+    environment = CHILD_ENVIRONMENT | os.environ
+    child = subprocess.Popen(command, pass_fds=[write_end], env=environment)
     os.close(write_end)
     with os.fdopen(read_end) as file:
         text = file.read()

@@ -12,7 +12,7 @@ import platform
 import signal
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from asyncrl.transport.ring import Ring
@@ -38,6 +38,7 @@ class Plan:
     total_env_steps: int
     schedule: str
     evaluates: bool
+    measured: list = field(default_factory=list)  # options, in place of what was "auto"
 
     @classmethod
     def read(cls, folder: Path) -> Plan:
@@ -57,6 +58,13 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
     from asyncrl.transport.weights import weights_fields
 
     config = resolve(launch_file, options, original)
+    measured = []
+    if config.actor.num_actors == "auto":
+        from asyncrl.bench import best_num_actors
+
+        number = best_num_actors(config)
+        config = replace(config, actor=replace(config.actor, num_actors=number))
+        measured = ["--actor.num-actors", str(number)]
     actor = config.actor
     envs = make_envs(config.env, 1)
     observation_space, action_space = envs.observation_space, envs.action_space
@@ -106,6 +114,7 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
         total_env_steps=config.total_env_steps,
         schedule=config.schedule,
         evaluates=config.evaluation.period_steps > 0,
+        measured=measured,
     )
 
 

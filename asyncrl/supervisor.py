@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from asyncrl.children import Child, usage_by_role
+from asyncrl.children import CHILD_ENVIRONMENT, Child, usage_by_role
 from asyncrl.folder import Refused, RunFolder, leaving_at_once
 from asyncrl.logs import EventLog
 from asyncrl.plan import EXIT_FAILED, EXIT_REFUSED, Plan
@@ -37,14 +37,6 @@ MAX_RESTARTS, RESTART_WINDOW_SECONDS = 5, 600.0
 BACK_OFF_SECONDS, MAX_BACK_OFF_SECONDS = 0.5, 30.0
 PROVEN_UNROLLS = 10  # of each lane: an actor that has made them does not fail at its start
 USAGE_SECONDS = 5.0  # between two looks at what the processes take
-# glibc gives large blocks back to the system and fetches them again at every update; told not to,
-# a training step on a CPU takes about half the time.
-CHILD_ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": "1073741824",
-    "MALLOC_TRIM_THRESHOLD_": "4294967296",
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # and in large pages, where the system lends some
-    "PYTHONUNBUFFERED": "1",
-}
 
 
 def train(

@@ -34,7 +34,7 @@ def like_a_run() -> None:
 
     glibc reads them before Python starts.
     """
-    from asyncrl.supervisor import CHILD_ENVIRONMENT
+    from asyncrl.children import CHILD_ENVIRONMENT
 
     if any(os.environ.get(name) is None for name in CHILD_ENVIRONMENT):
         os.execve(sys.executable, [sys.executable, *sys.argv], CHILD_ENVIRONMENT | os.environ)

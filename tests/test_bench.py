@@ -1,0 +1,121 @@
+"""How fast a launch file will be, and with how many actors: arithmetic by hand, then for real."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from asyncrl import bench, cli
+from asyncrl.bench import Cost, Forecast, Shape, choose, divisions, forecast
+from asyncrl.config import resolve
+from asyncrl.folder import _without_auto
+
+LAUNCH_FILE = """
+from asyncrl import *
+config = Config(
+    EnvConfig("CartPole-v1"), ModelConfig(hidden=(16,)),
+    actor=ActorConfig(envs_per_lane=4, unroll_length=8),
+    algorithm=DQNConfig(batch_size=32, replay=ReplayConfig(learning_starts=64)),
+    total_env_steps=600, learner=LearnerConfig(tensorboard=False),
+    evaluation=EvaluationConfig(period_steps=0),
+)
+ppo = Config(
+    EnvConfig("CartPole-v1"), ModelConfig(hidden=(16,)), algorithm=PPOConfig(epochs=2),
+    actor=ActorConfig(envs_per_lane=4, unroll_length=8), total_env_steps=600,
+)
+"""
+
+
+@pytest.fixture
+def launch_file(tmp_path):
+    path = tmp_path / "launch.py"
+    path.write_text(LAUNCH_FILE)
+    return path
+
+
+@pytest.mark.parametrize(
+    "num_actors, acting, learning, cores, overlap, rate, limit",
+    [
+        (1, Cost(2e-3, 2e-3), Cost(1e-3, 1e-3), 8, True, 500, "the actors"),
+        (4, Cost(2e-3, 2e-3), Cost(1e-3, 1e-3), 8, True, 1000, "the learner"),
+        (4, Cost(2e-3, 2e-3), Cost(1e-3, 1e-3), 2, True, 2 / 3e-3, "the processors"),
+        (1, Cost(1e-3, 2e-3), Cost(1e-3, 2e-3), 2, True, 500, "the processors"),
+        (2, Cost(2e-3, 2e-3), Cost(1e-3, 1e-3), 8, False, 500, "turns"),
+        (9, Cost(2e-3, 2e-3), Cost(1e-3, 1e-3), 2, False, 500, "turns"),
+    ],
+)
+def test_the_slowest_decides_or_all_processors_are_busy(
+    num_actors, acting, learning, cores, overlap, rate, limit
+):
+    found = forecast(num_actors, acting, learning, cores, overlap)
+    assert found.rate == pytest.approx(rate) and found.bottleneck.startswith(limit)
+
+
+def test_more_processes_have_to_be_worth_it():
+    shapes = [Shape(1, 2, 8, 1), Shape(2, 2, 4, 1), Shape(4, 2, 2, 2)]
+
+    def best(*rates, now=0):
+        found = zip(shapes, (Forecast(rate, "") for rate in rates), strict=True)
+        return shapes.index(choose(dict(found), shapes[now]))
+
+    assert best(100, 101, 102) == 0
+    assert best(100, 110, 112) == 1
+    assert best(100, 110, 150) == 2
+    assert best(100, 102, 101, now=2) == 2  # as it is, where that is as good
+
+
+def test_the_number_of_environments_stays_as_it_is(launch_file):
+    config = resolve(launch_file, ["--actor.num-actors", "2", "--actor.envs-per-lane", "3"])
+    found = list(divisions(config, cores=4))
+    assert found == [(1, 1, 12), (1, 2, 6), (2, 1, 6), (2, 2, 3), (4, 1, 3)]
+    options = ["--profile", "ppo", "--algorithm.rollout.num-unrolls", "2"]
+    assert list(divisions(resolve(launch_file, options), cores=4)) == [(1, 2, 4), (2, 1, 4)]
+
+
+def test_a_resumed_run_keeps_the_number_that_was_found():
+    auto = ["--seed", "3", "--actor.num-actors", "auto", "--x", "auto"]
+    assert _without_auto(auto) == ["--seed", "3", "--x", "auto"]
+    number = ["--actor.num-actors", "2"]
+    assert _without_auto(["--actor.num-actors=auto", *number]) == number
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    monkeypatch.setattr(bench, "PLAY_SECONDS", 0.1)
+    monkeypatch.setattr(bench, "LEARN_SECONDS", 0.1)
+    monkeypatch.setattr(bench, "CHILD_ENVIRONMENT", {})
+
+
+@pytest.mark.parametrize("options", [[], ["--profile", "ppo"], ["--actor.num-actors", "auto"]])
+def test_for_real(quickly, launch_file, capsys, options):
+    assert cli.main(["bench", str(launch_file), *options]) == 0
+    output = capsys.readouterr().out
+    for words in ("2 groups of 4 envs, on cpu", "1 thread, on cpu", "as it is  about", "best here"):
+        assert words in output
+    rates = [float(line.split()[-2].replace(",", "")) for line in output.splitlines()
+             if line.startswith("  ")]  # fmt: skip
+    assert all(1 < rate < 1e6 for rate in rates)
+
+
+def test_refusals(quickly, launch_file, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", "nowhere.py"])
+    assert "expected a launch file, got nowhere.py" in capsys.readouterr().err
+    assert cli.main(["bench", str(launch_file), "--env.id", "CartPol-v1"]) == 2
+    assert "did you mean CartPole-v1" in capsys.readouterr().err
+
+
+def test_auto_is_measured_once_and_kept(launch_file, start):
+    options = ["--actor.num-actors", "auto", "--schedule", "serial"]
+    run = start("auto", launch_file, *options)
+    status, output = run.finish(110)
+    assert status == 0, output
+    stored = json.loads((run.folder / "launch.json").read_text())["options"]
+    assert stored[: len(options)] == options and stored[-2] == "--actor.num-actors"
+    number = int(stored[-1])
+    assert json.loads((run.folder / "plan.json").read_text())["num_actors"] == number >= 1
+    again = start("auto", launch_file, *options, "--total-env-steps", 900)
+    status, output = again.finish(110)
+    assert status == 0, output
+    assert run.count("learner", "resumed at")
