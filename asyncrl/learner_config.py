@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from asyncrl.limits import usable_cores
+
 
 @dataclass(frozen=True)
 class LearnerConfig:
@@ -37,6 +39,11 @@ class LearnerConfig:
         for name in ("num_threads", "publish_period"):
             if getattr(self, name) < 0:
                 raise ValueError(f"expected learner.{name} >= 0, got {getattr(self, name)}")
+
+    def resolved_threads(self, model: torch.nn.Module) -> int:
+        """Where layers are small, more threads would only wait for each other."""
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        return self.num_threads or (usable_cores() if parameters >= 300_000 else 1)
 
     def resolved_device(self) -> torch.device:
         if self.device != "auto":

@@ -60,7 +60,7 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
     config = resolve(launch_file, options, original)
     measured = []
     if config.actor.num_actors == "auto":
-        from asyncrl.bench import best_num_actors
+        from asyncrl.costs import best_num_actors
 
         number = best_num_actors(config)
         config = replace(config, actor=replace(config.actor, num_actors=number))

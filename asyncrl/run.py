@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 
-from asyncrl.limits import usable_cores
 from asyncrl.logs import EventLog
 from asyncrl.plan import EXIT_FAILED, Plan, prepare_main
 from asyncrl.transport.ring import Ring, Word
@@ -174,8 +173,8 @@ def run_learner(process: Process, index: int, generation: int) -> None:
     turn_based = process.config.schedule != "async"
     torch.set_flush_denormal(True)
     learner = process.make_learner()
-    threads = 1 if turn_based else threads_for(learner.model)
-    torch.set_num_threads(config.num_threads or threads)
+    threads = config.resolved_threads(learner.model)
+    torch.set_num_threads(1 if turn_based and not config.num_threads else threads)
     status = links.status
 
     def idle() -> bool:
@@ -218,12 +217,6 @@ def run_serial(process: Process, index: int, generation: int) -> None:
     status.words[Status.DONE] = 1
     for actor in actors:
         actor.close()
-
-
-def threads_for(model) -> int:
-    """Torch threads that pay for learning a model: where layers are small, more only wait."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return usable_cores() if parameters >= 300_000 else 1
 
 
 def announce(learner, resumed: bool) -> None:

@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from asyncrl import bench, cli
-from asyncrl.bench import Cost, Forecast, Shape, choose, divisions, forecast
+from asyncrl import bench, cli, costs
+from asyncrl.bench import Shape, choose, divisions
 from asyncrl.config import resolve
+from asyncrl.costs import Cost, Forecast, forecast
 from asyncrl.folder import _without_auto
 
 LAUNCH_FILE = """
@@ -82,8 +83,8 @@ def test_a_resumed_run_keeps_the_number_that_was_found():
 
 @pytest.fixture
 def quickly(monkeypatch):
-    monkeypatch.setattr(bench, "PLAY_SECONDS", 0.1)
-    monkeypatch.setattr(bench, "LEARN_SECONDS", 0.1)
+    monkeypatch.setattr(costs, "PLAY_SECONDS", 0.1)
+    monkeypatch.setattr(costs, "LEARN_SECONDS", 0.1)
     monkeypatch.setattr(bench, "CHILD_ENVIRONMENT", {})
 
 

@@ -28,8 +28,8 @@ LAYERS = [
     {"algorithms"},
     {"actor", "learner", "learner_config", "throttle", "evaluate", "guards"},
     {"config"},
-    {"plan", "folder", "preflight", "children", "run", "supervisor", "video"},
-    {"panel", "health", "plots", "doctor", "cli"},
+    {"costs", "plan", "folder", "preflight", "children", "run", "supervisor", "video"},
+    {"panel", "health", "plots", "doctor", "bench", "cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -1,0 +1,209 @@
+"""What acting and learning cost, timed alone, and what they come to together.
+
+An actor plays unrolls; a learner takes them in and makes the updates they allow. For any number of
+actors and threads the slowest decides, or all processors are busy. `asyncrl bench` tells it,
+`--actor.num-actors auto` uses it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import NamedTuple
+
+from asyncrl.limits import usable_cores
+
+PLAY_SECONDS, LEARN_SECONDS = 3.0, 4.0  # of each measurement
+WORTH_IT = 1.03  # times the rate, before another process or thread is asked for
+
+
+class Cost(NamedTuple):
+    """Seconds an env step, of one part alone."""
+
+    wall: float
+    cpu: float  # of all its threads
+
+
+class Forecast(NamedTuple):
+    """Env steps a second, and what keeps them from being more."""
+
+    rate: float
+    bottleneck: str
+
+
+def forecast(
+    num_actors: int, acting: Cost, learning: Cost, cores: float, overlap: bool = True
+) -> Forecast:
+    """What so many actors and a learner come to together, `acting` being that of one actor.
+
+    Overlapped, the slowest of them decides, or the processors that all of them share; in turns
+    their times add up.
+    """
+    together = max(acting.wall / num_actors, acting.cpu / cores)
+    if not overlap:
+        return Forecast(1 / (together + learning.wall), "turns: acting and learning add up")
+    seconds = {
+        "the actors": acting.wall / num_actors,
+        "the learner": learning.wall,
+        "the processors, which are all busy": (acting.cpu + learning.cpu) / cores,
+    }
+    slowest = max(seconds, key=seconds.__getitem__)
+    return Forecast(1 / seconds[slowest], slowest)
+
+
+def best_num_actors(config) -> int:
+    """What `--actor.num-actors auto` stands for: as few as keep up, lanes being as configured."""
+    cores = usable_cores()
+    lanes, envs = config.actor.lanes_per_actor, config.actor.envs_per_lane
+    one = small_replay(reshaped(config, 1, lanes, envs))
+    acting, unrolls = time_actor(one)
+    learning = time_learner(one, unrolls, config.learner.resolved_threads(wire(one)[1]))
+    overlap = config.schedule == "async"
+    rates = [forecast(n, acting, learning, cores, overlap).rate for n in range(1, cores + 1)]
+    return next(n for n, rate in enumerate(rates, 1) if rate * WORTH_IT >= max(rates))
+
+
+def reshaped(config, num_actors: int, lanes: int, envs: int):
+    """`config` with its environments shared out like that."""
+    actor = dataclasses.replace(
+        config.actor, num_actors=num_actors, lanes_per_actor=lanes, envs_per_lane=envs
+    )
+    return dataclasses.replace(config, actor=actor)
+
+
+def small_replay(config):
+    """`config` with a replay of some 100,000 env steps: as fast, and no matter of memory."""
+    replay = getattr(config.algorithm, "replay", None)
+    if replay is None:
+        return config
+    capacity = min(replay.capacity, max(100_000, 2 * replay.learning_starts))
+    replay = dataclasses.replace(replay, capacity=capacity)
+    algorithm = dataclasses.replace(config.algorithm, replay=replay)
+    return dataclasses.replace(config, algorithm=algorithm)
+
+
+# -- measuring -----------------------------------------------------------------------------------
+
+
+def time_actor(config) -> tuple[Cost, list[bytearray]]:
+    """What one actor costs alone, and a few unrolls that it has made, in turn of its lanes."""
+    import torch
+
+    from asyncrl.actor import Actor, context_fields
+    from asyncrl.envs import make_envs
+    from asyncrl.policies import as_mixture
+    from asyncrl.transport.ring import Ring, UnrollReader
+    from asyncrl.transport.weights import (
+        WeightsBuffer,
+        WeightsReader,
+        WeightsWriter,
+        weights_fields,
+    )
+
+    actor, (spec, model) = config.actor, wire(config)
+    rings = [Ring(bytearray(Ring.nbytes(spec, 2)), spec, 2) for _ in range(actor.lanes_per_actor)]
+    readers, mixture = [UnrollReader(ring) for ring in rings], as_mixture(config.policy)
+    fields = weights_fields(model.state_dict(), context_fields(len(mixture.names)))
+    weights = WeightsBuffer(bytearray(WeightsBuffer.nbytes(fields)), fields)
+    writer = WeightsWriter(weights)
+    for name, tensor in model.state_dict().items():
+        writer.back()["model"][name][...] = tensor.cpu().numpy()
+    writer.publish()
+    player = Actor(
+        0, actor, dict(enumerate(rings)), WeightsReader(weights), model, mixture,
+        lambda: make_envs(config.env, actor.envs_per_lane), config.seed,
+    )  # fmt: skip
+    unrolls: list[bytearray] = []
+
+    def play() -> None:
+        for reader in readers:
+            reader.permit(reader.taken + 1)
+        player.play()
+        for reader in readers:
+            _, raw = reader.take()
+            if len(unrolls) < 8 * len(readers):
+                unrolls.append(bytearray(raw))
+            reader.release()
+
+    torch.set_num_threads(actor.num_threads)
+    play()  # makes the environments
+    begun, cpu, count = time.perf_counter(), time.process_time(), 0
+    while count < 2 or time.perf_counter() - begun < PLAY_SECONDS:
+        play()
+        count += 1
+    env_steps = count * len(rings) * spec.unroll_length * spec.num_envs
+    cost = Cost(
+        (time.perf_counter() - begun) / env_steps, (time.process_time() - cpu) / env_steps
+    )
+    player.close()
+    return cost, unrolls
+
+
+def time_learner(config, unrolls: list[bytearray], num_threads: int) -> Cost:
+    """What the learner costs alone: taking unrolls in, and the updates they allow."""
+    import torch
+
+    spec, model = wire(config)
+    algorithm = config.algorithm.build(model, config.learner.resolved_device())
+    num_lanes = config.actor.num_lanes
+    store = algorithm.store(spec, num_lanes, config.seed)
+    torch.set_num_threads(num_threads)
+    rounds, spent = 0, [0.0, 0.0]
+
+    def insert_round() -> None:
+        """An unroll of every lane, with numbers that join on."""
+        nonlocal rounds
+        for lane in range(num_lanes):
+            unroll = spec.layout.views(unrolls[(rounds * num_lanes + lane) % len(unrolls)])
+            unroll.header.lane[...], unroll.header.sequence[...] = lane, rounds
+            store.insert(lane, unroll)
+        rounds += 1
+
+    def clock() -> tuple[float, float]:
+        return time.perf_counter(), time.process_time()
+
+    while rounds < 4:
+        insert_round()
+    if hasattr(store.limiter, "starts_at"):  # what a replay waits for before it learns
+        store.limiter.starts_at = float(store.limiter.inserted)
+    begun, allowed, inserted = clock(), store.updates_allowed(), store.limiter.inserted
+    while store.updates_allowed() < allowed + 2:
+        insert_round()
+    spent = [after - before for before, after in zip(begun, clock(), strict=True)]
+    inserted = store.limiter.inserted - inserted
+    per_update = inserted / (store.updates_allowed() - allowed)
+    algorithm.update(store)
+    begun, count = clock(), 0
+    while not count or (store.updates_allowed() and clock()[0] - begun[0] < LEARN_SECONDS):
+        algorithm.update(store)
+        count += 1
+    _synchronise(config)
+    updating = [after - before for before, after in zip(begun, clock(), strict=True)]
+    wall, cpu = (
+        taking / inserted + update / count / per_update
+        for taking, update in zip(spent, updating, strict=True)
+    )
+    return Cost(wall, cpu)
+
+
+def _synchronise(config) -> None:
+    import torch
+
+    if config.learner.resolved_device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+def wire(config):
+    """(spec, model) of a configuration, as a run makes them."""
+    from asyncrl.envs import make_envs
+    from asyncrl.models.contract import state_fields
+    from asyncrl.types import Spec
+
+    envs = make_envs(config.env, 1)
+    spaces = envs.observation_space, envs.action_space
+    envs.close()
+    model = config.model(*spaces)
+    state = state_fields(model, config.algorithm.head, *spaces)
+    num_states = getattr(config.algorithm, "num_states", 1)
+    actor = config.actor
+    return Spec(actor.unroll_length, actor.envs_per_lane, *spaces, state, num_states), model
