@@ -20,11 +20,12 @@ import gymnasium as gym
 import numpy as np
 import psutil
 import torch
-from measure import REPOSITORY, Report, arguments, like_a_run, wire
+from measure import REPOSITORY, Report, arguments, like_a_run
 from torch import nn
 
 from asyncrl.actor import Actor, context_fields
 from asyncrl.config import resolve
+from asyncrl.costs import wire
 from asyncrl.envs import make_envs
 from asyncrl.policies import Random, as_mixture
 from asyncrl.transport.ring import Ring, UnrollReader, Word

@@ -133,20 +133,6 @@ def _cell(value) -> str:
     return f"{_number(median(value))} ({_number(min(value))} - {_number(max(value))})"
 
 
-def wire(config):
-    """(spec, model) of a configuration, as a run makes them."""
-    from asyncrl.envs import make_envs
-    from asyncrl.types import Field, Spec, tree_map
-
-    envs = make_envs(config.env, 1)
-    observation_space, action_space = envs.observation_space, envs.action_space
-    envs.close()
-    model = config.model(observation_space, action_space)
-    state = tree_map(lambda x: Field(tuple(x.shape[1:]), Field.of(x).dtype), model.initial_state(1))
-    T, B = config.actor.unroll_length, config.actor.envs_per_lane
-    return Spec(T, B, observation_space, action_space, state), model
-
-
 def memory(pid: int) -> dict[str, int]:
     """Bytes of Rss and Pss; zeros for a process that is gone."""
     found = {"Rss": 0, "Pss": 0}

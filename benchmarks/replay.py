@@ -15,9 +15,10 @@ import time
 import numpy as np
 import psutil
 import torch
-from measure import REPOSITORY, Report, arguments, like_a_run, wire
+from measure import REPOSITORY, Report, arguments, like_a_run
 
 from asyncrl.config import resolve
+from asyncrl.costs import wire
 from asyncrl.models import ModelConfig
 from asyncrl.stores.limiter import RateLimiter
 from asyncrl.stores.replay import Replay

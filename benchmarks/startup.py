@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from measure import REPOSITORY, Program, Report, arguments, like_a_run, memory, train, wire
+from measure import REPOSITORY, Program, Report, arguments, like_a_run, memory, train
 
 FULL_REPLAY = "--full-replay"  # how this script calls itself
 
@@ -50,7 +50,8 @@ def full_replay(folder: Path, launch: str, updates: int) -> dict:
     """Make a learner as a run does, fill its replay; bytes of memory at several moments."""
     import torch
 
-    from asyncrl.actor import context_fields
+    from asyncrl.costs import wire
+from asyncrl.actor import context_fields
     from asyncrl.config import resolve
     from asyncrl.learner import Learner
     from asyncrl.policies import as_mixture

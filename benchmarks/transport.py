@@ -14,9 +14,10 @@ import time
 
 import numpy as np
 import torch
-from measure import REPOSITORY, Report, arguments, like_a_run, median, wire
+from measure import REPOSITORY, Report, arguments, like_a_run, median
 
 from asyncrl.config import resolve
+from asyncrl.costs import wire
 from asyncrl.models.precision import computes_in_bfloat16
 from asyncrl.transport.ring import Ring, UnrollReader, UnrollWriter
 from asyncrl.transport.shared_memory import Doorbell, Segment
