@@ -50,9 +50,9 @@ def full_replay(folder: Path, launch: str, updates: int) -> dict:
     """Make a learner as a run does, fill its replay; bytes of memory at several moments."""
     import torch
 
-    from asyncrl.costs import wire
-from asyncrl.actor import context_fields
+    from asyncrl.actor import context_fields
     from asyncrl.config import resolve
+    from asyncrl.costs import wire
     from asyncrl.learner import Learner
     from asyncrl.policies import as_mixture
     from asyncrl.transport.ring import Ring
