@@ -147,14 +147,16 @@ def memory(pid: int) -> dict[str, int]:
 class Program:
     """A command in a process group of its own, that writes rows of JSON to a file."""
 
-    def __init__(self, command: list, log: Path, rows: Path, **environment: str):
+    def __init__(
+        self, command: list, log: Path, rows: Path, folder: Path = REPOSITORY, **environment: str
+    ):
         self.log, self.rows_path = log, rows
         self.begun = time.time()
         path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
         with open(log, "wb") as file:
             self.process = subprocess.Popen(
                 [str(word) for word in command], stdin=subprocess.DEVNULL, stdout=file,
-                stderr=subprocess.STDOUT, cwd=REPOSITORY, start_new_session=True,
+                stderr=subprocess.STDOUT, cwd=folder, start_new_session=True,
                 env=os.environ | {"PYTHONPATH": path} | environment,
             )  # fmt: skip
 
