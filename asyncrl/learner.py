@@ -7,6 +7,7 @@ who waits for whom.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -75,6 +76,7 @@ class Learner:
         self.folder = folder
         self.episodes = EpisodeStatistics(policy_names)
         self.shares = TimeShares()
+        self.threads = contextlib.nullcontext()  # or `Threads`, which looks at each update
         self.epoch = 0  # of the environments, where they are made anew at checkpoints
         self.generation = 0  # newest seen
         self.first_version = 0  # of the weights, before the first publication of this start
@@ -218,7 +220,7 @@ class Learner:
         count = 0
         while count < most and self.store.updates_allowed():
             count += 1
-            with self.shares.time("update"):
+            with self.shares.time("update"), self.threads:
                 self.metrics = self.guard.update(self.algorithm, self.store) or self.metrics
             due = self.updates - self.published_updates >= self.config.publish_period
             if due and not self.turn_based:

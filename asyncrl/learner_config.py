@@ -16,7 +16,8 @@ class LearnerConfig:
     device: str = "auto"
     """"auto": the GPU where there is one."""
     num_threads: int = 0
-    """Torch threads for learning (0: one a core, or a single one for a small model)."""
+    """Torch threads for learning. 0: as many as cores or fewer, whatever is fastest as the run goes
+    on; a single one for a small model."""
     sync_period: int = 1
     """Updates between two syncs of the ring into the store."""
     publish_period: int = 0

@@ -22,6 +22,7 @@ import numpy as np
 
 from asyncrl.logs import EventLog
 from asyncrl.plan import EXIT_FAILED, Plan, prepare_main
+from asyncrl.threads import Threads, halves
 from asyncrl.transport.ring import Ring, Word
 from asyncrl.transport.shared_memory import Doorbell, Segment, die_with_parent
 from asyncrl.transport.status import Status
@@ -174,7 +175,14 @@ def run_learner(process: Process, index: int, generation: int) -> None:
     torch.set_flush_denormal(True)
     learner = process.make_learner()
     threads = config.resolved_threads(learner.model)
-    torch.set_num_threads(1 if turn_based and not config.num_threads else threads)
+    if turn_based and not config.num_threads:
+        threads = 1
+    on_gpu = config.resolved_device().type == "cuda"
+    adapts = not (turn_based or config.num_threads or on_gpu)
+    learner.threads = Threads(
+        halves(threads) if adapts else [threads], torch.set_num_threads,
+        lambda text: learner.events.event("learner", text),
+    )  # fmt: skip
     status = links.status
 
     def idle() -> bool:

@@ -26,7 +26,7 @@ LAYERS = [
     }
     | {"segments", "checkpoint"},
     {"algorithms"},
-    {"actor", "learner", "learner_config", "throttle", "evaluate", "guards"},
+    {"actor", "learner", "learner_config", "throttle", "threads", "evaluate", "guards"},
     {"config"},
     {"costs", "plan", "folder", "preflight", "children", "run", "supervisor", "video"},
     {"panel", "health", "plots", "doctor", "bench", "cli"},

@@ -1,0 +1,76 @@
+"""The number of threads follows what is fastest, at little cost."""
+
+from __future__ import annotations
+
+import pytest
+
+from asyncrl.threads import Threads, halves
+
+
+class Machine:
+    """A clock that updates move; `seconds(threads)` is what one takes now."""
+
+    def __init__(self, choices):
+        self.now, self.said, self.spent = 100.0, [], {number: 0.0 for number in choices}
+        self.threads = Threads(choices, self.set_number, self.said.append, lambda: self.now)
+
+    def set_number(self, number: int) -> None:
+        self.number = number
+
+    def learn(self, seconds, during: float) -> None:
+        end = self.now + during
+        while self.now < end:
+            with self.threads:
+                self.now += seconds(self.number)
+                self.spent[self.number] += seconds(self.number)
+
+
+def quiet(threads: int) -> float:
+    return {1: 0.040, 2: 0.025, 4: 0.015}[threads]
+
+
+def busy(threads: int) -> float:
+    return {1: 0.045, 2: 0.600, 4: 1.2}[threads]
+
+
+def test_where_nobody_else_is_all_threads_are_kept_and_trials_cost_little():
+    machine = Machine([2, 1])
+    machine.learn(quiet, 3_600)
+    assert machine.threads.number == machine.number == 2 and not machine.said
+    assert 0 < machine.spent[1] < 0.001 * machine.spent[2]
+
+
+def test_beside_others_one_thread_is_enough_and_the_rest_come_back_afterwards():
+    machine = Machine([2, 1])
+    machine.learn(quiet, 600)
+    machine.spent = {1: 0.0, 2: 0.0}
+    machine.learn(busy, 3_600)
+    assert machine.threads.number == 1
+    assert machine.spent[2] < 0.03 * 3_600  # noticed at once, and tried ever more rarely
+    (said,) = machine.said
+    assert said.startswith("1 instead of 2 threads") and "45 instead of 600 ms" in said
+    machine.learn(quiet, 600)
+    assert machine.threads.number == machine.number == 2
+
+
+def test_of_several_the_fastest_is_found():
+    machine = Machine(halves(4))
+    machine.learn(busy, 60)
+    assert machine.threads.number == 1
+    machine.learn(quiet, 2_000)
+    assert machine.threads.number == 4
+
+
+def test_a_single_choice_is_never_left():
+    machine = Machine([2])
+    machine.learn(lambda threads: 1.0, 1_000)
+    assert machine.number == 2 and not machine.said
+    assert halves(1) == [1] and halves(12) == [12, 6, 3, 1]
+
+
+def test_an_update_that_fails_is_not_counted():
+    machine = Machine([2, 1])
+    with pytest.raises(ZeroDivisionError), machine.threads:
+        1 / 0  # noqa: B018
+    machine.learn(quiet, 30)
+    assert machine.threads.number == 2
