@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.runs import Run
+from tests.runs import EXACT, Run, last_checkpoint
 
 
 @pytest.fixture
@@ -19,3 +19,12 @@ def start(tmp_path):
     yield start_run
     for run in runs:
         run.kill_tree()
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory) -> tuple[dict, dict]:
+    """What a run of launch_files/exact.py ends with that nothing disturbs."""
+    run = Run(tmp_path_factory.mktemp("runs"), "lockstep", EXACT)
+    status, output = run.finish()
+    assert status == 0, output
+    return last_checkpoint(run.folder)

@@ -12,11 +12,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 
+from asyncrl.checkpoint import Checkpoints
 from asyncrl.logs import Event, read_events
 
 REPOSITORY = Path(__file__).parent.parent
+EXACT = REPOSITORY / "tests" / "launch_files" / "exact.py"
 
 
 class Run:
@@ -52,6 +55,7 @@ class Run:
             text=True,
         )
         self.seen: set[psutil.Process] = set()
+        self.since = 0.0
 
     def finish(self, timeout_seconds: float = 90) -> tuple[int, str]:
         """(exit status, output), once the run has ended by itself."""
@@ -95,8 +99,13 @@ class Run:
         """Which of the children ever seen are still alive."""
         return psutil.wait_procs(list(self.seen), timeout=patience_seconds)[1]
 
+    def mark(self) -> None:
+        """Forget the events until now."""
+        self.since = time.time()
+
     def events(self) -> list[Event]:
-        return read_events(self.folder / "events.log")
+        events = read_events(self.folder / "events.log")
+        return [event for event in events if event.time >= self.since]
 
     def metrics(self) -> list[dict]:
         path = self.folder / "metrics.jsonl"
@@ -115,3 +124,14 @@ class Run:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
         self.process.wait()
+
+
+def last_checkpoint(folder: Path) -> tuple[dict, dict]:
+    """(tensors, counters) of the newest checkpoint of a run that is exact."""
+    loaded = Checkpoints(folder / "checkpoints").newest_valid()
+    assert loaded.state["env_steps"] >= 4_000
+    counters = {
+        name: loaded.state[name]
+        for name in ("numbers", "env_steps", "updates", "epoch", "sequences", "episodes")
+    }
+    return {name: np.array(tensor) for name, tensor in loaded.tensors.items()}, counters

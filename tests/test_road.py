@@ -129,47 +129,6 @@ def test_every_step_once_and_in_order_across_kill_9_of_actors(start, tmp_path, m
         assert int(fresh[0].header.sequence) == max(sequence for _, sequence in old) + 1
 
 
-def test_nobody_outlives_a_parent_killed_with_kill_9(start, tmp_path, monkeypatch):
-    monkeypatch.setenv("RECORD", str(tmp_path / "record.bin"))
-    run = start("orphans", LAUNCH_FILES / "recorder.py")
-    run.wait_until(lambda: run.find("actor 1") and run.find("learner 0"))
-    run.wait_until(lambda: run.metrics())
-    run.children()
-    run.signal(signal.SIGKILL)
-    run.process.wait()
-    assert not run.orphans()
-
-
-def test_a_killed_learner_is_restarted_onto_the_same_lanes(start, tmp_path, monkeypatch):
-    """From its newest checkpoint; the actors live on, and their unrolls go on in sequence."""
-    record = tmp_path / "record.bin"
-    monkeypatch.setenv("RECORD", str(record))
-    run = start("learner", LAUNCH_FILES / "recorder.py")
-    run.wait_until(lambda: list((run.folder / "checkpoints").glob("checkpoint_*")))
-    actors = [run.find("actor 0").pid, run.find("actor 1").pid]
-    saved = record.stat().st_size
-    run.find("learner 0").send_signal(signal.SIGKILL)
-    run.wait_until(lambda: run.count("learner", "resumed at"))
-    resumed_at = run.metrics()[-1]["env_steps"]
-    run.wait_until(lambda: run.metrics()[-1]["env_steps"] > resumed_at + 2_000)
-    assert [run.find("actor 0").pid, run.find("actor 1").pid] == actors
-    run.signal(signal.SIGTERM)
-    status, output = run.finish(30)
-    assert status == 143, output
-    assert not run.orphans()
-    assert saved < record.stat().st_size
-    steps = [row["env_steps"] for row in run.metrics()]
-    assert steps == sorted(steps)
-    versions = {}
-    for unroll in read_records(record, run.folder)[1]:
-        lane, version = int(unroll.header.lane), int(unroll.header.version)
-        sequence = int(unroll.header.sequence)
-        versions.setdefault(lane, {})[sequence] = version
-    for by_sequence in versions.values():
-        ordered = [by_sequence[sequence] for sequence in sorted(by_sequence)]
-        assert ordered == sorted(ordered)
-
-
 def test_ctrl_c_twice_ends_at_once_and_the_last_checkpoint_is_whole(start, tmp_path, monkeypatch):
     monkeypatch.setenv("RECORD", str(tmp_path / "record.bin"))
     run = start("twice", LAUNCH_FILES / "recorder.py")

@@ -84,7 +84,12 @@ class Memory:
 
 
 class Lab:
-    """Starts runs in `folder`; `patience` stretches every bound on a busy machine."""
+    """Starts runs in `folder`; `patience` stretches every bound on a busy machine.
+
+    A `shared` one serves several faults: what one of them left running is given to the next.
+    """
+
+    shared = False
 
     def __init__(self, folder: Path, patience: float = 1.0, quick: bool = True):
         self.folder, self.patience, self.quick = folder, patience, quick
@@ -108,10 +113,25 @@ class Lab:
             how["prefix"] = ("unshare", "-rm", "sh", "-c", mount, "sh")
         if record:
             environment |= {"RECORD": str(self.record), "STEPS": str(self.folder)}
-        self.runs.append(
-            Run(self.folder, run_id, launch_file, *options, environment=environment, **how)
-        )
-        return self._with_disk(self.runs[-1]) if tmpfs_nbytes else self.runs[-1]
+        since = time.time()
+        run = Run(self.folder, run_id, launch_file, *options, environment=environment, **how)
+        run.since = since
+        self.runs.append(run)
+        return self._with_disk(run) if tmpfs_nbytes else run
+
+    def running(self) -> Run:
+        """A run without options, new or left by another fault; it knows its own events only."""
+        if self.shared and self.runs and self.runs[-1].process.poll() is None:
+            self.runs[-1].mark()
+            return self.runs[-1]
+        return self.start()
+
+    def leave(self, run: Run) -> None:
+        """The fault is over: stop the run, or leave it to the next one."""
+        if self.shared:
+            self.check_logs(run)
+        else:
+            self.stop(run)
 
     @staticmethod
     def can_mount() -> bool:

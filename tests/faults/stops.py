@@ -57,7 +57,7 @@ def fault_10(lab: Lab, times: int = 10) -> Outcome:
 def fault_11(lab: Lab) -> Outcome:
     """Ctrl-C to the whole group, once and twice."""
     outcome = Outcome(bound_seconds=20.0)
-    run = lab.start()
+    run = lab.running()
     lab.until_learning(run)
     for child in run.children():
         child.send_signal(signal.SIGINT)
@@ -77,7 +77,7 @@ def fault_11(lab: Lab) -> Outcome:
 
 def fault_12(lab: Lab) -> Outcome:
     """Nobody reads standard output, log folders vanish, metrics cannot be written for a while."""
-    run = lab.start()
+    run = lab.start("--learner.tensorboard", True)
     lab.until_learning(run)
     run.process.stdout.close()
     for name in ("logs", "tensorboard"):
@@ -101,7 +101,7 @@ def fault_12(lab: Lab) -> Outcome:
 def fault_17(lab: Lab) -> Outcome:
     """The disk is full for a while: a small tmpfs where that may be mounted."""
     outcome, small = Outcome(), lab.can_mount()
-    run = lab.start(tmpfs_nbytes=32 << 20 if small else 0)
+    run = lab.start("--learner.tensorboard", True, tmpfs_nbytes=32 << 20 if small else 0)
     memory = lab.until_learning(run, checkpoints=1)
     learner, heads = run.find("learner 0"), memory.heads(0)
     saved, steps = run.count("checkpoint", " saved"), run.metrics()[-1]["env_steps"]
@@ -114,7 +114,7 @@ def fault_17(lab: Lab) -> Outcome:
     else:
         outcome.stand_in = "no file of the learner's may grow, by RLIMIT_FSIZE"
         learner.rlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
-    time.sleep(7)  # checkpoints are every two seconds
+    time.sleep(3 if lab.quick else 7)  # checkpoints are every two seconds
     lab.until(run, lambda: min(memory.heads(0)) > max(heads) + 20, "training without a disk")
     left = list((run.folder / "checkpoints").glob(".*"))
     if small:
@@ -137,7 +137,7 @@ def fault_17(lab: Lab) -> Outcome:
 def fault_18(lab: Lab) -> Outcome:
     """The checkpoints' folder cannot be used, then the whole run's folder is gone."""
     outcome = Outcome(stand_in="a file in a folder's place, a moved folder: root passes any chmod")
-    run = lab.start()
+    run = lab.start("--learner.tensorboard", True)
     lab.until_learning(run, checkpoints=1)
     folder = run.folder / "checkpoints"
     folder.rename(lab.folder / "aside")
@@ -163,7 +163,7 @@ def fault_18(lab: Lab) -> Outcome:
 
 def fault_22(lab: Lab) -> Outcome:
     """A second process on one folder; then a holder that was killed."""
-    run = lab.start()
+    run = lab.running()
     lab.until_learning(run)
     second = lab.start()
     status, output = second.finish(60 * lab.patience)
@@ -175,14 +175,14 @@ def fault_22(lab: Lab) -> Outcome:
     run.process.wait()
     expect(not run.orphans(), "processes outlived their parent")
     run = lab.start()
-    lab.until(run, lambda: run.count("learner") == 2, "the lock taken over")
-    lab.stop(run)
+    lab.until(run, lambda: run.count("learner", "resumed at"), "the lock taken over")
+    lab.leave(run)
     return Outcome()
 
 
 def fault_24(lab: Lab) -> Outcome:
     """Strangers in /dev/shm, made and deleted: nothing of ours is there."""
-    run = lab.start()
+    run = lab.running()
     lab.until_learning(run)
     strangers = [Path("/dev/shm") / name for name in ("asyncrl-lane-0", "asyncrl-weights")]
     for stranger in strangers:
@@ -194,5 +194,5 @@ def fault_24(lab: Lab) -> Outcome:
     for stranger in strangers:
         stranger.unlink()
     lab.until_env_steps(run)
-    lab.stop(run)
+    lab.leave(run)
     return Outcome()

@@ -30,24 +30,24 @@ def test_fault_05_crash_in_native_code(lab):
     lab.judge(processes.fault_05(lab))
 
 
-def test_fault_07_all_actors_die_at_once(lab):
-    lab.judge(processes.fault_07(lab))
+def test_fault_07_all_actors_die_at_once(shared_lab):
+    shared_lab.judge(processes.fault_07(shared_lab))
 
 
-def test_fault_08_learner_killed(lab):
-    lab.judge(processes.fault_08(lab))
+def test_fault_08_learner_killed(shared_lab):
+    shared_lab.judge(processes.fault_08(shared_lab))
 
 
-def test_fault_09_whole_tree_killed(lab):
-    lab.judge(processes.fault_09(lab))
+def test_fault_09_whole_tree_killed(shared_lab):
+    shared_lab.judge(processes.fault_09(shared_lab))
 
 
 def test_fault_13_evaluator_killed(lab):
     lab.judge(processes.fault_13(lab))
 
 
-def test_fault_25_learner_stalled(lab):
-    lab.judge(processes.fault_25(lab))
+def test_fault_25_learner_stalled(shared_lab):
+    shared_lab.judge(processes.fault_25(shared_lab))
 
 
 def test_fault_26_learner_killed_while_it_publishes(lab):
@@ -55,4 +55,4 @@ def test_fault_26_learner_killed_while_it_publishes(lab):
 
 
 def test_fault_27_churn(lab):
-    lab.judge(processes.fault_27(lab, times=3))
+    lab.judge(processes.fault_27(lab, times=2))

@@ -7,9 +7,8 @@ import pytest
 from asyncrl.preflight import preflight
 from tests import test_checkpoint, test_cli, test_doctor, test_exact
 from tests.test_cli import in_this_process, launch_file, runs
-from tests.test_exact import uninterrupted
 
-__all__ = ["in_this_process", "launch_file", "runs", "uninterrupted"]  # fixtures
+__all__ = ["in_this_process", "launch_file", "runs"]  # fixtures
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork
@@ -47,9 +46,9 @@ def test_fault_20_another_configuration(in_this_process, runs, launch_file, capf
     test_cli.test_a_resume_with_another_configuration(in_this_process, runs, launch_file, capfd)
 
 
-@pytest.mark.parametrize("what", ["tree"])  # the others are in tests/test_exact.py
-def test_fault_21_killed_and_resumed_equals_uninterrupted(what, uninterrupted, start):
-    test_exact.test_killed_and_resumed_equals_uninterrupted(what, uninterrupted, start)
+def test_fault_21_killed_and_resumed_equals_uninterrupted(uninterrupted, start):
+    """The whole tree; actor, learner and SIGTERM are in tests/test_exact.py."""
+    test_exact.test_killed_and_resumed_equals_uninterrupted("tree", uninterrupted, start)
 
 
 def test_fault_23_too_little_memory(in_this_process, runs, launch_file, capfd, tmp_path):

@@ -64,7 +64,7 @@ config = Config(
         replay=ReplayConfig(capacity=5_000, samples_per_insert=0.05, learning_starts=500),
     ),
     actor=ActorConfig(num_actors=2, lanes_per_actor=2, envs_per_lane=3, unroll_length=7),
-    learner=LearnerConfig(log_seconds=0.2, checkpoint_seconds=2),
+    learner=LearnerConfig(log_seconds=0.2, checkpoint_seconds=2, tensorboard=False),
     evaluation=EvaluationConfig(period_steps=0),
     total_env_steps=10_000_000,
 )
