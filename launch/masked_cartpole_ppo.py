@@ -20,10 +20,12 @@ from asyncrl import (
 
 config = Config(
     env=EnvConfig("asyncrl/MaskedCartPole-v1"),
-    model=ModelConfig(hidden=(64,), activation="tanh", lstm=64),
+    model=ModelConfig(
+        hidden=(64,), activation="tanh", lstm=64, normalize_obs=True, normalize_returns=True
+    ),
     algorithm=PPOConfig(
         gamma=0.98,
-        lambda_=0.8,
+        lambda_=0.95,
         epochs=10,
         num_minibatches=4,
         learning_rate=Linear(1e-3, 0.0, 150_000),
