@@ -39,9 +39,12 @@ def test_killed_and_resumed_equals_uninterrupted(what, uninterrupted, start):
     """Whatever is killed, the run goes back to its last periodic checkpoint and gets there."""
     run = start("killed", EXACT)
     run.wait_until(lambda: len(list((run.folder / "checkpoints").glob("checkpoint_*"))) > 2)
-    if what == "SIGTERM":
-        run.signal(signal.SIGTERM)
-        assert run.finish(30)[0] == 143
+    if what in ("tree", "SIGTERM"):
+        if what == "tree":
+            run.kill_tree()
+        else:
+            run.signal(signal.SIGTERM)
+            assert run.finish(30)[0] == 143
         assert not run.orphans()
         run = start("killed", EXACT)
     else:
