@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from statistics import median
 
-NUM_UPDATES = 3  # of a trial
+NUM_UPDATES = 3  # of a trial; one that is slower than usual ends it
+RARELY = 20  # updates at least from one trial to the next
 FASTER = 1.1  # times as fast another number must be
 FIRST_SECONDS, MOST_SECONDS = 5.0, 480.0  # between trials; twice as long after each that failed
 
@@ -56,7 +57,7 @@ class Threads:
         now = self._clock()
         (self._usual if self._trying is None else self._trial).append(now - self._begun)
         if self._trial_at is None:
-            self._trial_at = now + self._wait
+            self._trial_at = now + max(self._wait, RARELY * self._usual[0])
         elif self._trying is None:
             recent = list(self._usual)[-NUM_UPDATES:]
             slower = median(recent) > 2 * self._known
@@ -64,9 +65,9 @@ class Threads:
                 self._wait = FIRST_SECONDS if slower else self._wait
                 self._usual = deque(recent, self._usual.maxlen)
                 self._try_another()
-        elif len(self._trial) == NUM_UPDATES:
+        elif len(self._trial) == NUM_UPDATES or self._trial[-1] > median(self._usual):
             self._judge()
-            self._trial_at = self._clock() + self._wait
+            self._trial_at = now + max(self._wait, RARELY * self._known)
 
     def _try_another(self) -> None:
         others = [number for number in self.choices if number != self.number]

@@ -53,6 +53,12 @@ def test_beside_others_one_thread_is_enough_and_the_rest_come_back_afterwards():
     assert machine.threads.number == machine.number == 2
 
 
+def test_long_updates_are_seldom_tried_and_a_slow_one_ends_a_trial():
+    machine = Machine([2, 1])
+    machine.learn(lambda threads: 100 * quiet(threads), 600)
+    assert machine.threads.number == 2 and 0 < machine.spent[1] < 0.07 * 600
+
+
 def test_of_several_the_fastest_is_found():
     machine = Machine(halves(4))
     machine.learn(busy, 60)
