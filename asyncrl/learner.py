@@ -18,13 +18,13 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from asyncrl import metrics
 from asyncrl.actor import ActorConfig
 from asyncrl.checkpoint import Checkpoints, Loaded
 from asyncrl.disk import CheckpointError
 from asyncrl.guards import UpdateGuard
 from asyncrl.learner_config import LearnerConfig
 from asyncrl.logs import EventLog, RunLog
-from asyncrl.metrics import ActorShares, EpisodeStatistics, Rate, TimeShares, bottleneck
 from asyncrl.segments import SegmentWriter, read_segments
 from asyncrl.state import flatten, unflatten
 from asyncrl.throttle import Throttle
@@ -74,16 +74,15 @@ class Learner:
         self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
         self.replay_folder = folder / "replay"
         self.folder = folder
-        self.episodes = EpisodeStatistics(policy_names)
-        self.shares = TimeShares()
+        self.episodes = metrics.EpisodeStatistics(policy_names)
+        self.shares = metrics.TimeShares()
         self.threads = contextlib.nullcontext()  # or `Threads`, which looks at each update
         self.epoch = 0  # of the environments, where they are made anew at checkpoints
         self.generation = 0  # newest seen
         self.first_version = 0  # of the weights, before the first publication of this start
         self.elapsed_before = 0.0  # seconds, in earlier starts of this run
         self.metrics: dict[str, Tensor] = {}
-        self.lags: list[int] = []  # in versions, of the unrolls since the last row of metrics
-        self.lag: dict[str, float] = {}
+        self.lags = metrics.Lags()
 
     # -- start and resume ------------------------------------------------------------------------
 
@@ -103,8 +102,9 @@ class Learner:
         now = time.monotonic()
         self.started = self.last_checkpoint = self.last_log = now
         self.last_checkpoint_steps = self.env_steps
-        self.rates = {"env_steps": Rate(self.env_steps), "updates": Rate(self.updates)}
-        self.actor_shares = ActorShares(self.rings[:: self.actors.lanes_per_actor])
+        counts = {"env_steps": self.env_steps, "updates": self.updates}
+        self.rates = {name: metrics.Rate(count) for name, count in counts.items()}
+        self.actor_shares = metrics.ActorShares(self.rings[:: self.actors.lanes_per_actor])
         self.process = psutil.Process()
         if not self.weights.version:  # last, because a version says that all before it is done
             self.weights.buffer.version[0] = self.first_version
@@ -202,7 +202,7 @@ class Learner:
         self.store.insert(lane, unroll)
         header = unroll.header
         self.generation = max(self.generation, int(header.generation))
-        self.lags.append(self.weights.version - int(header.version))
+        self.lags.add(self.weights.version - int(header.version))
         ended = np.nonzero(unroll.episode_length)
         if len(ended[0]) == 0:
             return
@@ -369,13 +369,6 @@ class Learner:
         in_flight = [reader.waiting() for reader in self.readers]
         learner = self.shares.fractions_since_last()
         actor = self.actor_shares.fractions_since_last()
-        waits = {"learner": learner.get("wait", 0.0), "actors": actor["wait"]}
-        longer = max(waits, key=waits.__getitem__)
-        if self.lags:  # of the unrolls since the last row; if there were none, what was true then
-            lags = np.array(self.lags)
-            self.lag = {"lag/min": lags.min(), "lag/mean": lags.mean(), "lag/max": lags.max()}
-            self.lags.clear()
-        waiting = longer if waits[longer] > 0.1 else "nobody"
         row = {
             "time": time.time(),
             "elapsed_seconds": self.elapsed_seconds(),
@@ -392,15 +385,15 @@ class Learner:
             **self.store.metrics(),
             "limiter/samples_per_insert": limiter.actual(),
             "limiter/target": limiter.samples_per_insert,
-            "limiter/waiting": waiting,
+            "limiter/waiting": metrics.who_waits(learner.get("wait", 0.0), actor["wait"]),
             **{f"time/learner/{name}": share for name, share in learner.items()},
             **{f"time/actor/{name}": share for name, share in actor.items()},
             **{name: float(value) for name, value in self.metrics.items()},
-            **self.lag,
+            **self.lags.summary(),
             **self.read_status(),
             "memory/rss_mb": self.process.memory_info().rss / 1e6,
         }
-        row["bottleneck"] = bottleneck(row)
+        row["bottleneck"] = metrics.bottleneck(row)
         with self.shares.time("log"):
             self.log.write(row)
         self.last_log = time.monotonic()

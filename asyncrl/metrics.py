@@ -96,6 +96,27 @@ class Rate:
         return rate
 
 
+class Lags:
+    """How many versions the weights that acted were behind, of unrolls since the last look."""
+
+    def __init__(self):
+        self._lags: list[int] = []
+        self._summary: dict[str, float] = {}
+
+    def add(self, lag: int) -> None:
+        self._lags.append(lag)
+
+    def summary(self) -> dict[str, float]:
+        """lag/min, lag/mean, lag/max; where nothing came in since, what was true then."""
+        if self._lags:
+            lags = np.array(self._lags)
+            self._summary = {
+                "lag/min": lags.min(), "lag/mean": lags.mean(), "lag/max": lags.max()
+            }  # fmt: skip
+            self._lags.clear()
+        return self._summary
+
+
 class EpisodeStatistics:
     """Returns and lengths of the last `window` episodes: of each policy, and of all together."""
 
@@ -148,6 +169,13 @@ class EpisodeStatistics:
             deque(map(tuple, state["by_policy"].get(policy, ())), maxlen=self.window)
             for policy in self.policies
         ]
+
+
+def who_waits(learner: float, actors: float, idle: float = 0.1) -> str:
+    """Who waits for a larger share of its time, if that is more than `idle`."""
+    if max(learner, actors) <= idle:
+        return "nobody"
+    return "learner" if learner >= actors else "actors"
 
 
 _DOING = {

@@ -15,7 +15,7 @@ import pytest
 
 from asyncrl import logs
 from asyncrl.logs import EventLog, RunLog, read_episodes, read_events, read_metrics
-from asyncrl.metrics import EpisodeStatistics, Rate, TimeShares, bottleneck
+from asyncrl.metrics import EpisodeStatistics, Lags, Rate, TimeShares, bottleneck, who_waits
 
 
 @pytest.fixture
@@ -369,3 +369,20 @@ def test_an_event_that_could_not_be_written_comes_with_the_next(tmp_path):
 )
 def test_bottleneck_in_words(row, words):
     assert bottleneck(row) == words
+
+
+def test_lags_are_of_the_time_since_the_last_look():
+    lags = Lags()
+    assert lags.summary() == {}
+    for lag in (0, 3, 3):
+        lags.add(lag)
+    assert lags.summary() == {"lag/min": 0, "lag/mean": 2, "lag/max": 3}
+    assert lags.summary() == {"lag/min": 0, "lag/mean": 2, "lag/max": 3}  # nothing new
+    lags.add(1)
+    assert lags.summary() == {"lag/min": 1, "lag/mean": 1, "lag/max": 1}
+
+
+def test_who_waits_longer():
+    assert [who_waits(*shares) for shares in ((0.1, 0.0), (0.2, 0.3), (0.3, 0.2))] == [
+        "nobody", "actors", "learner"
+    ]  # fmt: skip
