@@ -3,8 +3,8 @@
     ./run_main.sh masked launch/masked_cartpole_ppo.py
 
 Hardware: 2 cores, no GPU; 4 minutes.
-Score: 500.0 in its last evaluation of 20 greedy games, seed 1. Without the LSTM (--model.lstm 0),
-seed 0, training games were at 48.8 after 116,364 env steps.
+Score: 500.0 for each of seeds 0 to 2; 100 greedy games with the last checkpoint. Without the LSTM
+(--model.lstm 0), and before observations were normalised, training games were at 48.8, seed 0.
 """
 
 from asyncrl import (
