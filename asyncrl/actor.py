@@ -138,13 +138,14 @@ class Actor:
             self._play(self.due())
 
     def _play(self, lanes: list[LaneState]) -> None:
+        self._spend(Word.TIME_PULL)
         for lane in lanes:
             if lane.envs is None or lane.generation != self.generation + self.epoch:
                 self.beat(grace_seconds=110)  # environments may take their time to be made
                 lane.restart(
                     self.seed, self.generation + self.epoch, self.model, self.policy, self.device
                 )
-        self._spend(Word.TIME_PULL)
+                self._spend(Word.TIME_ENV)
         unrolls = [self._begin(lane) for lane in lanes]
         T = self.config.unroll_length
         for t in range(T):
