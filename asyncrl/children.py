@@ -20,6 +20,8 @@ CHILD_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # and in large pages, where the system lends some
+    # Threads that wait for each other at the end of a layer sleep soon: actors need the processor.
+    "GOMP_SPINCOUNT": "300",
     "PYTHONUNBUFFERED": "1",
 }
 

@@ -1,9 +1,9 @@
 """How many threads learn: as many as is fastest while the run goes on.
 
 More threads are faster on a quiet machine and far slower on a busy one: those of OpenMP wait for
-each other by spinning, and where one of them is given no processor an update may take 20 times as
-long. So other numbers are tried, for a few updates: now and then, and when updates have become
-slower; a faster one is kept.
+each other after every layer, and where one of them is given no processor an update may take 20
+times as long. So other numbers are tried, for a few updates: now and then, and when updates have
+become slower; a faster one is kept.
 """
 
 from __future__ import annotations
