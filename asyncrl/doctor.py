@@ -69,6 +69,7 @@ def _checks(
     yield preflight.memory(plan)
     yield preflight.disk(plan, place)
     yield preflight.descriptors(plan)
+    yield preflight.warm_up(plan)
 
 
 def packages() -> Check:

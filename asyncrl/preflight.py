@@ -25,11 +25,14 @@ class Check:
     remedy: str = ""
 
 
-def preflight(plan: Plan, folder: Path, available: int | None = None) -> None:
-    """Refuse, with the arithmetic, a run that memory, disk or descriptors cannot hold."""
-    for check in (memory(plan, available), disk(plan, folder), descriptors(plan)):
+def preflight(plan: Plan, folder: Path, available: int | None = None) -> list[Check]:
+    """Refuse, with the arithmetic, a run that memory, disk or descriptors cannot hold; returns
+    what is worth a warning."""
+    checks = memory(plan, available), disk(plan, folder), descriptors(plan), warm_up(plan)
+    for check in checks:
         if check.verdict == "refused":
             raise Refused(*check.lines, *filter(None, [check.remedy]))
+    return [check for check in checks if check.verdict == "warning"]
 
 
 def memory(plan: Plan, available: int | None = None) -> Check:
@@ -87,6 +90,19 @@ def descriptors(plan: Plan) -> Check:
             "--actor.num-actors or --actor.envs-per-lane",
         )  # fmt: skip
     return Check("descriptors", "ok", (words,))
+
+
+def warm_up(plan: Plan) -> Check:
+    """Whether a run goes on for longer than its replay waits before the first update."""
+    replay = plan.config.get("algorithm", {}).get("replay") or {}
+    starts, total = replay.get("learning_starts", 0), plan.total_env_steps
+    words = f"first update after {starts:,} of {total:,} env steps"
+    if starts > total / 2:
+        remedy = (
+            f"for so short a run lower --algorithm.replay.learning-starts, say to {total // 10}"
+        )
+        return Check("warm-up", "warning", (words,), remedy)
+    return Check("warm-up", "ok", (words,))
 
 
 def can_write(folder: Path) -> Check:

@@ -55,9 +55,11 @@ def train(
         with RunFolder(folder) as run:
             with leaving_at_once(signal.SIGTERM):
                 plan = run.prepare(launch_file, options)
-                preflight(plan, folder)
+                warnings = preflight(plan, folder)
                 run.begin(plan)
                 supervisor = Supervisor(folder, plan)
+                for check in warnings:
+                    supervisor.events.event("warning", f"{check.lines[0]}; {check.remedy}")
             screen = display(folder, plan.total_env_steps)
             try:
                 return supervisor.run(screen.refresh)

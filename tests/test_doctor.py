@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import resource
 from pathlib import Path
@@ -85,6 +86,16 @@ def make_plan(memory=1_000_000_000, disk=0, num_actors=4, vectorization="sync") 
         policies=[], num_actors=num_actors, num_lanes=2 * num_actors, slots_per_lane=4,
         total_env_steps=1, schedule="async", evaluates=False,
     )  # fmt: skip
+
+
+def test_a_run_shorter_than_its_warm_up_is_told(tmp_path):
+    plan = make_plan(memory=0)
+    for starts, verdict in ((500, "ok"), (501, "warning")):
+        config = plan.config | {"algorithm": {"replay": {"learning_starts": starts}}}
+        found = dataclasses.replace(plan, config=config, total_env_steps=1_000)
+        assert preflight.warm_up(found).verdict == verdict
+    assert [check.name for check in preflight.preflight(found, tmp_path)] == ["warm-up"]
+    assert preflight.warm_up(plan).verdict == "ok"  # nothing to wait for in a rollout queue
 
 
 def test_memory_verdicts(tmp_path, monkeypatch):
