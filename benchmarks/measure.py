@@ -72,6 +72,7 @@ class Report:
     """
 
     def __init__(self, name: str, options: argparse.Namespace):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it started is ended
         self.name, self.options, self.hardware = name, options, hardware()
         self.tables: list[dict] = []
         self.goals: list[dict] = []
