@@ -20,7 +20,8 @@ environment:
   ASYNCRL_RUNTIME   docker or local forces one; otherwise docker where it has the nvidia runtime
   ASYNCRL_RUNS      the folder that holds the runs, instead of runs/ in this repository
 
-exit status: 0 finished, 1 failed, 2 refused, 130 after SIGINT, 143 after SIGTERM
+exit status: 0 finished, 1 failed, 2 refused, 130 after SIGINT, 143 after SIGTERM,
+             129 after SIGHUP
 EOF
 }
 
@@ -104,7 +105,7 @@ image_name() {
 
 run_docker() {
   local image container=asyncrl-$run_id
-  local -a terminal=()
+  local -a terminal=() gpus=()
 
   case $(docker container inspect --format '{{.State.Running}}' "$container" 2>/dev/null) in
     true)
@@ -124,11 +125,16 @@ run_docker() {
   # Made here, or docker would make it, and it would belong to root.
   mkdir -p -- "$ASYNCRL_RUNS/$run_id"
   [[ -t 0 && -t 1 ]] && terminal=(--interactive --tty)
+  if [[ $(docker_runtimes) == *'"nvidia"'* ]]; then
+    gpus=(--gpus all)
+  else
+    echo "run $run_id: docker has no nvidia runtime, so the container gets no GPU" >&2
+  fi
   echo "run $run_id: with the image $image, in $ASYNCRL_RUNS/$run_id" >&2
 
   # exec: docker passes signals on to the container, and the exit status back. A trap here that did
   # the same would make two signals of one, and the second means "stop now, save nothing".
-  exec docker run --rm --init --gpus all --stop-timeout 60 --name "$container" \
+  exec docker run --rm --init "${gpus[@]}" --stop-timeout 60 --name "$container" \
     "${terminal[@]}" --user "$(id -u):$(id -g)" \
     --mount "type=bind,source=$ASYNCRL_RUNS/$run_id,target=/runs/$run_id" \
     --mount "type=bind,source=$(dirname -- "$launch_file"),target=/launch,readonly" \

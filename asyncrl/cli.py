@@ -26,7 +26,8 @@ Everything about the run goes to runs/RUN_ID (or $ASYNCRL_RUNS/RUN_ID): config.j
 episodes.csv, events.log, checkpoints/. Ctrl-C saves a checkpoint and stops; a second one stops at
 once. A resumed run keeps its options; those that decide what is learned may not change.
 
-Exit status: 0 finished, 1 failed, 2 refused, 130 after Ctrl-C, 143 after SIGTERM.
+Exit status: 0 finished, 1 failed, 2 refused, 130 after Ctrl-C, 143 after SIGTERM, 129 after
+SIGHUP.
 """
 
 
@@ -312,7 +313,7 @@ def _plot(options, rest: list[str]) -> int:
 
         print(plot(folders, options.output, options.by, group=options.group))
     except ImportError as error:
-        refuse(f"plot needs pip install 'asyncrl[plot]' ({error})")
+        refuse(f"plot needs pip install -e '.[plot]' in the project's folder ({error})")
     except (OSError, ValueError) as error:
         refuse(str(error))
     return 0

@@ -83,9 +83,9 @@ def packages() -> Check:
     found = ", ".join(f"{name} {number}" for name, number in versions().items())
     if missing:
         words = f"expected {', '.join(missing)} to be installed; there are {found}"
-        return Check("packages", "refused", (words,), "pip install asyncrl, or ./run_main.sh")
+        return Check("packages", "refused", (words,), "./run_main.sh installs all of it")
     if not _has_distribution("ale-py"):
-        remedy = "for Atari: pip install 'asyncrl[atari]'"
+        remedy = "for Atari: pip install -e '.[atari]' in the project's folder"
         return Check("packages", "warning", (f"{found}, no ale-py",), remedy)
     return Check("packages", "ok", (found,))
 

@@ -81,7 +81,8 @@ def _find_id(name: str) -> None:
         try:
             import ale_py
         except ImportError as error:
-            raise ValueError(f"env.id: {name!r} needs pip install 'asyncrl[atari]'") from error
+            remedy = "pip install -e '.[atari]' in the project's folder"
+            raise ValueError(f"env.id: {name!r} needs {remedy}") from error
         gym.register_envs(ale_py)
     if known_as.startswith("asyncrl/"):
         import asyncrl.example_envs as example_envs

@@ -111,10 +111,10 @@ class Supervisor:
         """Supervise until the learner is done, a signal comes or nothing can go on."""
         wake_read, wake_write = socket.socketpair()
         wake_write.setblocking(False)
-        previous = {
-            number: signal.signal(number, self._hear)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        }
+        heard = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+            heard.append(signal.SIGHUP)
+        previous = {number: signal.signal(number, self._hear) for number in heard}
         previous_fd = signal.set_wakeup_fd(wake_write.fileno(), warn_on_full_buffer=False)
         self.events.event("start", f"run {self.folder.name} started", pid=os.getpid())
         try:

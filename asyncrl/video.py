@@ -137,7 +137,8 @@ class Recorder:
             import imageio.v2
             import imageio_ffmpeg  # noqa: F401  (imageio writes mp4 by it)
         except ImportError as error:
-            raise ValueError(f"--video needs pip install 'asyncrl[video]' ({error})") from error
+            remedy = "pip install -e '.[video]' in the project's folder"
+            raise ValueError(f"--video needs {remedy} ({error})") from error
         self._imageio = imageio.v2
         self._config, self._num_envs, self._seed = config, num_envs, seed
         self.rows: list[Row] = []

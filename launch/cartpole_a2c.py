@@ -1,6 +1,6 @@
 """CartPole-v1 with A2C.
 
-    ./run_main.sh cart launch/cartpole_a2c.py
+    ./run_main.sh cart_a2c launch/cartpole_a2c.py
 
 Hardware: 2 cores, no GPU; 3 minutes.
 Score: 500.0 in its last evaluation of 20 greedy games, seed 1.

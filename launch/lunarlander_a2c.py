@@ -1,6 +1,6 @@
 """LunarLander-v3 with A2C.
 
-    ./run_main.sh lander launch/lunarlander_a2c.py
+    ./run_main.sh lander_a2c launch/lunarlander_a2c.py
 
 Hardware: 2 cores, no GPU.
 Score: no run of the full length was made yet.

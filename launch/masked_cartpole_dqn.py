@@ -1,7 +1,7 @@
 """CartPole-v1 without its velocities: DQN with an LSTM on sequences has to remember them.
 
-    ./run_main.sh masked launch/masked_cartpole_dqn.py
-    ./run_main.sh masked_plain launch/masked_cartpole_dqn.py --profile feed_forward
+    ./run_main.sh masked_dqn launch/masked_cartpole_dqn.py
+    ./run_main.sh masked_dqn_plain launch/masked_cartpole_dqn.py --profile feed_forward
 
 Hardware: 2 cores, no GPU.
 Score: no run of the full length was made yet.

@@ -2,8 +2,8 @@
 
     ./run_main.sh pendulum launch/pendulum_ppo.py
 
-Hardware: 2 cores, no GPU; 5 minutes.
-Score: -187.2 in its last evaluation of 20 greedy games, seed 0.
+Hardware: 2 cores, no GPU; 5 minutes, beside others up to 23.
+Score: -195, -178, -173, -174 and -170 for seeds 0 to 4; 100 greedy games with the last checkpoint.
 """
 
 from asyncrl import (

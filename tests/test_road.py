@@ -13,6 +13,7 @@ import pytest
 from asyncrl.checkpoint import Checkpoints
 from asyncrl.types import Spec
 from tests.counting_env import length_of, terminates
+from tests.runs import EXACT
 
 LAUNCH_FILES = Path(__file__).parent / "launch_files"
 
@@ -142,3 +143,18 @@ def test_ctrl_c_twice_ends_at_once_and_the_last_checkpoint_is_whole(start, tmp_p
     assert "Traceback" not in output
     assert not run.orphans()
     assert Checkpoints(run.folder / "checkpoints").newest_valid() is not None
+
+
+def test_a_closed_terminal_stops_a_run_unless_nohup_says_otherwise(start):
+    run = start("kept", EXACT, "--total-env-steps", 10**9, prefix=("nohup",))
+    run.wait_until(lambda: run.count("start"))
+    run.signal(signal.SIGHUP)
+    rows = len(run.metrics())
+    run.wait_until(lambda: len(run.metrics()) > rows + 2)
+    assert not run.count("stopping")
+    run.signal(signal.SIGTERM)
+    assert run.finish(60)[0] == 143
+    run = start("kept", EXACT, "--total-env-steps", 10**9)
+    run.wait_until(lambda: run.count("start") > 1)
+    run.signal(signal.SIGHUP)
+    assert run.finish(60)[0] == 129

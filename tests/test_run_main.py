@@ -520,6 +520,13 @@ def test_docker_command_line(box):
     assert box.calls("venv") == []
 
 
+def test_docker_without_the_nvidia_runtime_asks_for_no_gpu(box):
+    result = box.run("x", RUNTIMES='{"runc":{}}', ASYNCRL_RUNTIME="docker")
+    assert result.returncode == 0 and "no GPU" in result.err
+    (call,) = box.calls("docker", "run")
+    assert "--gpus" not in call
+
+
 def test_docker_mounts_the_users_own_folders(box):
     (box.elsewhere / "mine.py").write_text("")
     box.run("x", "mine.py", RUNTIMES=NVIDIA, ASYNCRL_RUNS="my runs")
