@@ -154,25 +154,27 @@ class Checkpoints:
         self.rejected.append((loaded.path, reason))
         self._verdicts[loaded.number] = False
 
-    def listed_segments(self) -> set[str]:
-        """Names of the segment files any checkpoint here lists, for `delete_unlisted`."""
+    def listed_segments(self, newest: int | None = None) -> set[str]:
+        """Names of the segment files that the newest checkpoints list (None: all of them), for
+        `delete_unlisted`. An older one that has lost its segments is used without its replay."""
         listed = set()
-        for path in [*self._folders().values(), _visible_or_old(self.folder / BEST)]:
+        for _, path in sorted(self._folders().items(), reverse=True)[:newest]:
             with contextlib.suppress(CheckpointError):  # an unreadable one will never be loaded
                 listed |= {segment["file"] for segment in _read_manifest(path)["segments"]}
         return listed
 
-    def clean(self) -> None:
+    def clean(self, best: bool = False) -> None:
         """Call at start: make the folder, remove what a crashed writer left, try a write.
 
-        Raises CheckpointError where nothing can be written: such a run should not begin.
+        `best`: of the best one, which another process may write than the others. Raises
+        CheckpointError where nothing can be written: such a run should not begin.
         """
         try:
             make_folder(self.folder)
-            self._sweep(best=True)
-            self._sweep(best=False)
-            write_atomically(self.folder / ".writable", b"x")
-            os.unlink(self.folder / ".writable")
+            self._sweep(best)
+            probe = self.folder / (".writable_best" if best else ".writable")
+            write_atomically(probe, b"x")
+            os.unlink(probe)
         except OSError as error:
             raise CheckpointError(
                 f"cannot write checkpoints: expected {self.folder} to be writable, got {error}; "

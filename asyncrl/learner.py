@@ -25,7 +25,7 @@ from asyncrl.disk import CheckpointError
 from asyncrl.guards import UpdateGuard
 from asyncrl.learner_config import LearnerConfig
 from asyncrl.logs import EventLog, RunLog
-from asyncrl.segments import SegmentWriter, read_segments
+from asyncrl.replay_stream import ReplayStream
 from asyncrl.state import flatten, unflatten
 from asyncrl.throttle import Throttle
 from asyncrl.transport.ring import Ring, UnrollReader, Word
@@ -58,7 +58,6 @@ class Learner:
         self.algorithm, self.model = algorithm, model
         self.store = algorithm.store(spec, len(rings), seed)
         self.origin = self.store.position()
-        self.streams = config.save_replay and self.store.streams  # unrolls into segment files
         self.rings = rings
         self.readers = [UnrollReader(ring) for ring in rings]
         self.throttle = Throttle(actors, spec, self.readers, self.store, ring_actor)
@@ -72,17 +71,21 @@ class Learner:
         self.events = EventLog(folder / "events.log")
         self.guard = UpdateGuard(model, self.events)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
-        self.replay_folder = folder / "replay"
+        self.stream = ReplayStream(
+            folder / "replay", self.store, spec.layout, self.checkpoints, self.events,
+            enabled=config.save_replay and self.store.streams,
+        )  # fmt: skip
         self.folder = folder
         self.episodes = metrics.EpisodeStatistics(policy_names)
         self.shares = metrics.TimeShares()
         self.threads = contextlib.nullcontext()  # or `Threads`, which looks at each update
         self.epoch = 0  # of the environments, where they are made anew at checkpoints
         self.generation = 0  # newest seen
-        self.first_version = 0  # of the weights, before the first publication of this start
         self.elapsed_before = 0.0  # seconds, in earlier starts of this run
         self.metrics: dict[str, Tensor] = {}
         self.lags = metrics.Lags()
+        self.saved = 0, 0  # env steps and updates in the newest checkpoint
+        self.rebuilt_before = 0  # environments made anew, in earlier starts of this run
 
     # -- start and resume ------------------------------------------------------------------------
 
@@ -91,33 +94,28 @@ class Learner:
 
         Returns whether it resumed.
         """
-        record_nbytes = self.spec.layout.nbytes
         self.checkpoints.clean()
-        resumed = self._resume(record_nbytes) if resume else None
-        segments = resumed.segments if resumed and self.streams else []
-        self.segments = SegmentWriter(self.replay_folder, record_nbytes, resume=segments)
-        self.segments.delete_unlisted(self.checkpoints.listed_segments())
+        resumed = self._resume() if resume else None
+        self.stream.begin(resumed.segments if resumed else [])
         positions = resumed.state["logs"] if resumed else {"metrics.jsonl": 0, "episodes.csv": 0}
         self.log = RunLog(self.folder, positions, self.config.tensorboard)
         now = time.monotonic()
         self.started = self.last_checkpoint = self.last_log = now
-        self.last_checkpoint_steps = self.env_steps
+        self.saved = self.env_steps, self.updates
         counts = {"env_steps": self.env_steps, "updates": self.updates}
         self.rates = {name: metrics.Rate(count) for name, count in counts.items()}
         self.actor_shares = metrics.ActorShares(self.rings[:: self.actors.lanes_per_actor])
         self.process = psutil.Process()
-        if not self.weights.version:  # last, because a version says that all before it is done
-            self.weights.buffer.version[0] = self.first_version
-        self.publish()
+        self.publish()  # last, because a version says that all before it is done
         if not resumed and self.turn_based:
             self.save()  # what a kill before the first periodic checkpoint falls back to
         return resumed is not None
 
-    def _resume(self, record_nbytes: int) -> Loaded | None:
+    def _resume(self) -> Loaded | None:
         newest = loaded = self.checkpoints.newest_valid()
         while loaded is not None:
             try:
-                self._load(loaded, record_nbytes)
+                self._load(loaded)
                 break
             except CheckpointError as error:
                 self.checkpoints.reject(loaded, str(error))
@@ -127,7 +125,7 @@ class Learner:
         if loaded is None and newest is not None:  # the replay of all of them is damaged
             self.events.event("refused", f"{newest.path.name} is used without its replay")
             loaded = dataclasses.replace(newest, segments=[])
-            self._load(loaded, record_nbytes)
+            self._load(loaded)
         if loaded is None and self.checkpoints.rejected:
             reasons = "; ".join(f"{p.name}: {why}" for p, why in self.checkpoints.rejected)
             raise CheckpointError(
@@ -136,17 +134,10 @@ class Learner:
             )
         return loaded
 
-    def _load(self, loaded: Loaded, record_nbytes: int) -> None:
+    def _load(self, loaded: Loaded) -> None:
         state = unflatten(dict(loaded.tensors) | loaded.state["numbers"])
         self.store.restart_at(self.origin)  # whatever an unusable checkpoint may have left in it
-        if loaded.segments and self.streams:
-            records = read_segments(self.replay_folder, loaded.segments, record_nbytes)
-            for index, (record, base, _) in enumerate(records):
-                self.beat()
-                if index == 0:
-                    self.store.restart_at(base)
-                unroll: Unroll = self.spec.layout.views(bytearray(record))
-                self.store.insert(int(unroll.header.lane), unroll)
+        self.stream.restore(loaded.segments, self.beat)
         self.algorithm.load_state_dict(state["algorithm"])
         self.store.load_state_dict(state["store"])
         torch.set_rng_state(state["rng"])
@@ -154,11 +145,14 @@ class Learner:
         self.episodes.load_state_dict(counters["episodes"])
         self.generation = counters["generation"]
         self.elapsed_before = counters["elapsed_seconds"]
+        self.guard.num_skipped = counters.get("skipped", 0)
+        self.rebuilt_before, rebuilt = counters.get("rebuilt", (0, 0))
         if self.weights.version:  # only the learner died: its actors live on
             self.epoch = int(self.weights.front()["context"]["epoch"])
             return
         self.epoch = counters["epoch"] if self.turn_based else self.generation + 1
-        self.first_version = counters["version"]
+        self.rebuilt_before = rebuilt
+        self.weights.go_on_from(counters["version"])
         for ring, reader, sequence in zip(
             self.rings, self.readers, counters["sequences"], strict=True
         ):
@@ -197,8 +191,7 @@ class Learner:
         return sum(waiting)
 
     def _take(self, lane: int, unroll: Unroll, raw: np.ndarray) -> None:
-        if self.streams:
-            self.segments.append(raw, self.store.position())
+        self.stream.append(raw)
         self.store.insert(lane, unroll)
         header = unroll.header
         self.generation = max(self.generation, int(header.generation))
@@ -248,9 +241,12 @@ class Learner:
         """Overlapped: updates go on while actors act. `wait` sleeps until a condition or a stop."""
 
         def something_to_do() -> bool:
-            return any(reader.waiting() for reader in self.readers)
+            # After a second too: rows of metrics go on, and an actor may have been given up.
+            late = time.monotonic() > looked + 1.0
+            return late or any(reader.waiting() for reader in self.readers)
 
         while not self.done():
+            looked = time.monotonic()
             self.drain()
             self.throttle.move()
             if self.learn(self.config.sync_period) == 0:
@@ -286,14 +282,17 @@ class Learner:
         if now - self.last_log >= self.config.log_seconds:
             self.write_metrics()
         if self.turn_based:
-            due = self.env_steps - self.last_checkpoint_steps >= self.config.checkpoint_steps
+            due = self.env_steps - self.saved[0] >= self.config.checkpoint_steps
             if due and not self.done():
                 # Environments cannot be saved, so they are made anew here in every run alike:
                 # that is what makes a resumed run equal an uninterrupted one.
                 self.epoch += 1
                 self.save()
                 self.publish()
-        elif now - self.last_checkpoint >= self.config.checkpoint_seconds:
+        elif (
+            now - self.last_checkpoint >= self.config.checkpoint_seconds
+            and self.saved != (self.env_steps, self.updates)
+        ):
             self.save()
 
     # -- what is kept ----------------------------------------------------------------------------
@@ -304,7 +303,7 @@ class Learner:
         if not self.turn_based or self.done():
             self.epoch += self.turn_based  # a longer run will make its environments anew here
             self.save(final=True)
-        self.segments.close()
+        self.stream.writer.close()
 
     def save(self, final: bool = False) -> None:
         """Write a checkpoint. A disk that refuses is reported, and training goes on; the last one
@@ -326,15 +325,17 @@ class Learner:
                 "epoch": self.epoch,
                 "generation": self.generation,
                 "version": self.weights.version,
+                "skipped": self.guard.num_skipped,
+                "rebuilt": (self.rebuilt_before, self.num_rebuilt()),
                 "sequences": [reader.taken for reader in self.readers],
                 "episodes": self.episodes.state_dict(),
                 "elapsed_seconds": self.elapsed_seconds(),
                 "logs": self.log.positions(),
             }
             try:
-                segments = self._flush_segments()
+                segments = self.stream.flush()
                 path = self.checkpoints.save(self.env_steps, tensors, counters, segments)
-                self.segments.delete_unlisted(self.checkpoints.listed_segments())
+                self.stream.forget()
             except CheckpointError as error:
                 self.events.event("checkpoint", f"not saved: {error}", env_steps=self.env_steps)
                 if final:
@@ -346,19 +347,10 @@ class Learner:
                     updates=self.updates, seconds=f"{pause:.2f}",
                 )  # fmt: skip
         self.last_checkpoint = time.monotonic()
-        self.last_checkpoint_steps = self.env_steps
+        self.saved = self.env_steps, self.updates
 
-    def _flush_segments(self) -> list[dict]:
-        """The replay's segments for a manifest; where there is no room the rest is saved alone."""
-        if not self.streams:
-            return []
-        self.segments.forget_all_but(len(self.store.unrolls))
-        try:
-            return self.segments.flush()
-        except CheckpointError as error:
-            self.events.event("checkpoint", f"replay not saved: {error}")
-            self.segments.restart()
-            return []
+    def num_rebuilt(self) -> int:
+        return self.rebuilt_before + sum(int(ring.read(Word.REBUILDS)) for ring in self.rings)
 
     def elapsed_seconds(self) -> float:
         return self.elapsed_before + time.monotonic() - self.started
@@ -376,7 +368,7 @@ class Learner:
             "total_env_steps": self.total_env_steps,
             "updates": self.updates,
             "updates/skipped": self.guard.num_skipped,
-            "envs/rebuilt": sum(ring.read(Word.REBUILDS) for ring in self.rings),
+            "envs/rebuilt": self.num_rebuilt(),
             "episodes": self.episodes.num_episodes,
             **self.episodes.summary(),
             "rate/env_steps": self.rates["env_steps"].per_second_since_last(self.env_steps),

@@ -69,6 +69,9 @@ def disk(plan: Plan, folder: Path) -> Check:
         )
         return Check("disk", "refused", (words,))
     words = f"{needed} of {free / 1e9:.2f} GB free in {place}"
+    if plan.disk_nbytes * 2.2 > free:
+        remedy = "a fast run may need twice that, as two checkpoints hold a replay each"
+        return Check("disk", "warning", (words,), remedy)
     if free < 2e9:
         return Check("disk", "warning", (words,), "make room for checkpoints, logs and videos")
     return Check("disk", "ok", (words,))

@@ -249,9 +249,13 @@ def run_evaluator(process: Process, index: int, generation: int) -> None:
     model = process.make_model().eval().requires_grad_(False)
     envs = make_envs(process.config.env, config.num_envs)
     checkpoints = Checkpoints(process.folder / "checkpoints")
+    events = EventLog(process.folder / "events.log")
+    try:
+        checkpoints.clean(best=True)
+    except CheckpointError as error:
+        events.event("checkpoint", f"best may not be saved: {error}")
     best = checkpoints.best()
     best_return = best.state["eval/return"] if best else -np.inf
-    events = EventLog(process.folder / "events.log")
     next_at = config.period_steps
 
     def idle() -> bool:

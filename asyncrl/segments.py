@@ -61,27 +61,30 @@ class SegmentWriter:
         names = [*self._files(), *self._names()]
         self._next_index = 1 + max((int(_SEGMENT.fullmatch(n)[1]) for n in names), default=-1)
 
-    def append(self, buffer, base: dict) -> None:
+    def append(self, buffer, base: dict) -> bool:
         """Write one record: a contiguous buffer of `record_nbytes` bytes, free again on return.
 
-        `base` (JSON): what a reader needs to start with this record; kept for each segment's first.
+        Returns whether that has filled a segment. `base` (JSON): what a reader needs to start with
+        this record; kept for each segment's first.
         """
         record = memoryview(buffer).cast("B")
         if record.nbytes != self.record_nbytes:
             raise ValueError(f"record: expected {self.record_nbytes} bytes, got {record.nbytes}")
         if self.broken:
-            return
+            return False
         try:
             if self._fd < 0:
                 self._begin_segment(base)
             write(self._fd, record)
         except OSError as error:
             self._break(str(error))
-            return
+            return False
         self._digest.update(record)
         self._open["records"] += 1
-        if self._open["records"] == self._records_per_segment:
+        full = self._open["records"] == self._records_per_segment
+        if full:
             self._end_segment()
+        return full
 
     def flush(self) -> list[dict]:
         """Make all records durable; return the live segments for a manifest, oldest first.
@@ -121,7 +124,8 @@ class SegmentWriter:
     def delete_unlisted(self, still_listed_files: Collection[str]) -> int:
         """Delete segment files that neither a manifest nor this writer lists; return how many.
 
-        Call it at start and after each save, with `Checkpoints.listed_segments()`.
+        Call it at start, after each save and after each full segment, with
+        `Checkpoints.listed_segments()`.
         """
         num_deleted = 0
         for name in self._files() - set(still_listed_files) - self._names():

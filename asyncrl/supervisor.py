@@ -119,7 +119,8 @@ class Supervisor:
         self.events.event("start", f"run {self.folder.name} started", pid=os.getpid())
         try:
             for child in self.children:
-                self._start(child)
+                child.restart_at = 0.0
+            self._start_the_due()
             while self.exit_status is None:
                 self._sleep(wake_read)
                 self._heed_signals()
@@ -162,23 +163,18 @@ class Supervisor:
     # -- starting and ending ---------------------------------------------------------------------
 
     def _start(self, child: Child) -> None:
-        child.generation += 1
+        generation, again = child.generation + 1, child.started > 0
         child.restart_at = None
-        child.started = time.monotonic()
         child.work_at_start = self._work(child)
         if child.role == "actor":
             for ring in self._rings_of(child):
                 ring.words[Word.BEAT] = 0
-        flat = [
-            fd
-            for value in self.fds.values()
-            for fd in ([value] if isinstance(value, int) else value)
-        ]
+        flat = [fd for v in self.fds.values() for fd in (v if isinstance(v, list) else [v])]
         command = [sys.executable, "-m", "asyncrl.run", child.role, str(child.index),
-                   str(self.folder), str(os.getpid()), str(child.generation),
+                   str(self.folder), str(os.getpid()), str(generation),
                    json.dumps(self.fds)]  # fmt: skip
         with self._open_log(child) as log:
-            child.process = subprocess.Popen(
+            process = subprocess.Popen(
                 command,
                 pass_fds=flat,
                 stdin=subprocess.DEVNULL,
@@ -187,10 +183,16 @@ class Supervisor:
                 env=CHILD_ENVIRONMENT | os.environ,
                 start_new_session=True,  # a group of its own, to be killed as one
             )
-        child.pidfd = os.pidfd_open(child.process.pid)
-        verb = "started" if child.generation == 0 else "restarted"
+        try:
+            child.pidfd = os.pidfd_open(process.pid)
+        except OSError:
+            process.kill()
+            process.wait()
+            raise
+        child.process, child.generation, child.started = process, generation, time.monotonic()
+        verb = "restarted" if again else "started"
         word = {"actor": Status.RESTARTS, "evaluator": Status.EVALUATOR_RESTARTS}
-        self.status.words[word.get(child.role, Status.LEARNER_RESTARTS)] += child.generation > 0
+        self.status.words[word.get(child.role, Status.LEARNER_RESTARTS)] += again
         self.events.event(
             verb, f"{child.name} {verb}", pid=child.process.pid, generation=child.generation
         )
@@ -306,7 +308,12 @@ class Supervisor:
         now = time.monotonic()
         for child in self.children:
             if child.restart_at is not None and now >= child.restart_at and not child.gone:
-                self._start(child)
+                try:
+                    self._start(child)
+                except OSError as error:  # no more processes, descriptors or memory for now
+                    child.restart_at = now + MAX_BACK_OFF_SECONDS
+                    text = f"{child.name} cannot be started, tried again: {error}"
+                    self.events.event("warning", text)
 
     def _look_at_hearts(self) -> None:
         """Kill what is alive but stuck; whoever is merely blocked keeps beating."""

@@ -276,7 +276,7 @@ SAVES = {
     "rotate": lambda c: save(c, 3),
     "replace": lambda c: c.save(2, tensors_of(2), {"number": 2}),
     "best": lambda c: save(c, 3, best=True),
-    "clean": lambda c: c.clean(),
+    "clean": lambda c: (c.clean(), c.clean(best=True)),
 }
 
 
@@ -298,6 +298,7 @@ def test_a_crash_at_any_system_call_leaves_a_valid_checkpoint_and_best(tmp_path,
         news = [loaded.number for loaded in (before.newest_valid(), before.best())]
         assert news in [[2, 1], [3, 1] if action == "rotate" else [2, 3 if action == "best" else 1]]
         after.clean()
+        after.clean(best=True)
         assert hidden(folder) == []
         assert [loaded.number for loaded in (after.newest_valid(), after.best())] == news
         assert before.rejected == after.rejected == []
@@ -308,6 +309,23 @@ def test_a_crash_at_any_system_call_leaves_a_valid_checkpoint_and_best(tmp_path,
         if finished:
             break
     assert finished and fatal > (10 if action == "clean" else 20)
+
+
+def test_a_learner_that_starts_leaves_the_best_one_to_its_writer(tmp_path, monkeypatch):
+    evaluator, learner = Checkpoints(tmp_path), Checkpoints(tmp_path)
+    save(evaluator, 1, best=True)
+    calls = []
+
+    def rename(*arguments, call=os.rename):
+        call(*arguments)
+        calls.append(arguments)
+        if len(calls) == 1:  # the old one is hidden, the new one not yet in its place
+            learner.clean()
+
+    monkeypatch.setattr(os, "rename", rename)
+    save(evaluator, 2, best=True)
+    assert_is(evaluator.best(), 2)
+    assert len(calls) > 2
 
 
 # Disks that refuse
@@ -340,7 +358,7 @@ def test_a_refused_save_leaves_the_older_ones_and_no_temporary(
         patched.setattr(os, name, failing(number))
         with pytest.raises(CheckpointError, match=os.strerror(number)):
             save(checkpoints, 2, best=best)
-    checkpoints.clean()
+    checkpoints.clean(best)
     assert_is(checkpoints.best() if best else checkpoints.newest_valid(), 1)
     assert hidden(tmp_path) == []
     save(checkpoints, 3)

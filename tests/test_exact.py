@@ -52,6 +52,9 @@ def test_killed_and_resumed_equals_uninterrupted(what, uninterrupted, start):
     status, output = run.finish()
     assert status == 0, output
     assert run.count("learner", "resumed at")
+    if what in ("actor 1", "learner 0"):  # all go back together
+        assert run.count("restarted", "learner") == run.count("restarted", "actor 1") == 1
+        assert run.metrics()[-1]["actors/restarts"] == 2
     assert_equal(last_checkpoint(run.folder), uninterrupted)
     steps = [row["env_steps"] for row in run.metrics()]
     assert steps == sorted(steps)

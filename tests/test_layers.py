@@ -26,7 +26,8 @@ LAYERS = [
     }
     | {"segments", "checkpoint"},
     {"algorithms"},
-    {"actor", "learner", "learner_config", "throttle", "threads", "evaluate", "guards"},
+    {"actor", "learner", "learner_config", "replay_stream", "throttle", "threads"}
+    | {"evaluate", "guards"},
     {"config"},
     {"costs", "plan", "folder", "preflight", "children", "run", "supervisor", "video"},
     {"panel", "health", "plots", "doctor", "bench", "cli"},

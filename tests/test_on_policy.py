@@ -26,7 +26,7 @@ from asyncrl.models.contract import state_fields
 from asyncrl.policies import EpsilonGreedy, Mixture, Part, Softmax, as_mixture
 from asyncrl.state import flatten
 from asyncrl.stores.rollout import Rollout, RolloutConfig
-from asyncrl.transport.ring import Ring
+from asyncrl.transport.ring import Ring, Word
 from asyncrl.transport.weights import WeightsBuffer, WeightsReader, WeightsWriter, weights_fields
 from asyncrl.types import Spec
 
@@ -400,3 +400,18 @@ def test_a_run_goes_on_after_a_resume(tmp_path):
         assert again.learner.metrics["loss/skipped"] == 0
     assert again.learner.updates == updates + 6 * 4
     assert again.store.dropped == 0
+
+
+def test_counts_of_what_went_wrong_survive_a_resume(tmp_path):
+    box = Box(tmp_path, PPOConfig(num_minibatches=1))
+    box.turn()
+    box.learner.guard.num_skipped = 3
+    box.rings[0].words[Word.REBUILDS] = 2
+    box.learner.finish()
+    again = Box(tmp_path, PPOConfig(num_minibatches=1), resume=True)
+    assert again.learner.guard.num_skipped == 3
+    assert again.learner.num_rebuilt() == 2
+    again.rings[0].words[Word.REBUILDS] = 1
+    again.learner.save()
+    again.learner.start(resume=True)  # it died alone: the ring still has its count
+    assert again.learner.num_rebuilt() == 3

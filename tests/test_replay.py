@@ -370,8 +370,10 @@ def test_a_replay_resumed_empty_is_filled_before_it_is_drawn_from():
     limiter.inserted, limiter.sampled = 1_000, 4_000
     limiter.refill()
     assert limiter.updates_allowed() == 0
+    assert np.isnan(limiter.actual())  # not 4,000 samples of the first new step
     assert limiter.insert_limit() == 1_120
     limiter.inserted = 1_100
     assert limiter.updates_allowed() == 0
     limiter.inserted = 1_104
     assert limiter.updates_allowed() == 1
+    assert limiter.actual() == pytest.approx(4_000 / 504)

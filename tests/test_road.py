@@ -145,6 +145,40 @@ def test_ctrl_c_twice_ends_at_once_and_the_last_checkpoint_is_whole(start, tmp_p
     assert Checkpoints(run.folder / "checkpoints").newest_valid() is not None
 
 
+LAME = """
+import sys
+import gymnasium as gym, asyncrl
+from asyncrl.stores.rollout import RolloutConfig
+
+def make(num_envs):
+    if sys.argv[1:3] == ["actor", "1"]:
+        raise RuntimeError("this actor's environments cannot be made")
+    autoreset = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
+    return gym.make_vec("CartPole-v1", num_envs, "sync", autoreset)
+
+config = asyncrl.Config(
+    env=asyncrl.EnvConfig(make),
+    model=asyncrl.ModelConfig(hidden=(16,)),
+    algorithm=asyncrl.PPOConfig(rollout=RolloutConfig(ahead=0), num_minibatches=2, epochs=1),
+    actor=asyncrl.ActorConfig(num_actors=2, lanes_per_actor=1, envs_per_lane=2, unroll_length=8),
+    learner=asyncrl.LearnerConfig(log_seconds=0.5, num_threads=1, tensorboard=False, device="cpu"),
+    evaluation=asyncrl.EvaluationConfig(period_steps=0),
+    total_env_steps=2_000,
+)
+"""
+
+
+def test_an_on_policy_run_goes_on_without_actors_that_were_given_up(start, tmp_path):
+    """The rest of them has used up its permits by then: only the learner can give it more."""
+    (tmp_path / "lame.py").write_text(LAME)
+    run = start("lame", tmp_path / "lame.py", constants={"MAX_RESTARTS": 1})
+    run.wait_until(lambda: run.count("gave-up"))
+    assert len(run.metrics()) > 1  # rows go on while nothing comes in
+    status, output = run.finish(30)
+    assert status == 0, output
+    assert run.metrics()[-1]["env_steps"] >= 2_000
+
+
 def test_a_closed_terminal_stops_a_run_unless_nohup_says_otherwise(start):
     run = start("kept", EXACT, "--total-env-steps", 10**9, prefix=("nohup",))
     run.wait_until(lambda: run.count("start"))

@@ -33,6 +33,19 @@ def publish(writer: WeightsWriter) -> None:
     writer.publish()
 
 
+def test_a_resumed_run_goes_on_counting_and_shows_nothing_before_it_has_published():
+    buffer = make_buffer()
+    writer, reader = WeightsWriter(buffer), WeightsReader(buffer)
+    writer.go_on_from(7)
+    for array in tree_leaves(writer.back()):
+        array[...] = 8
+    assert writer.version == 0 and reader.version == 0  # killed here, nothing was published
+    assert writer.publish() == 8
+    assert is_all(reader.pull(), 8) and is_all(writer.front(), 8)
+    publish(writer)
+    assert is_all(reader.pull(), 9)
+
+
 def is_all(tree, version: int) -> bool:
     return all((array == version).all() for array in tree_leaves(tree))
 

@@ -44,6 +44,7 @@ class RateLimiter:
         # if they died, hold back all others.
         self.rounds_ahead = floor((tolerance - batch_size / samples_per_insert) / round_env_steps)
         self.starts_at = float(learning_starts)  # env steps at which the ratio begins to count
+        self.counts_from = self.starts_at  # env steps before which the ratio says nothing
         self.inserted = 0  # env steps
         self.sampled = 0  # transitions
 
@@ -57,11 +58,13 @@ class RateLimiter:
         return self.starts_at + self.sampled / self.samples_per_insert + self.tolerance
 
     def actual(self) -> float:
-        """Samples per insert so far, nan before learning starts."""
-        learned_from = self.inserted - self.starts_at
-        return self.sampled / learned_from if learned_from > 0 else float("nan")
+        """Samples per insert so far, nan before learning starts and while refilled."""
+        if self.inserted <= self.counts_from:
+            return float("nan")
+        return self.sampled / (self.inserted - self.starts_at)
 
     def refill(self) -> None:
         """The store is empty, whatever was counted: `learning_starts` come in before updates."""
         learned_from = self.sampled / self.samples_per_insert
-        self.starts_at = self.inserted + self.learning_starts - learned_from
+        self.counts_from = float(self.inserted + self.learning_starts)
+        self.starts_at = self.counts_from - learned_from

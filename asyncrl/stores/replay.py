@@ -306,7 +306,9 @@ class Replay:
 
     def metrics(self) -> dict[str, float]:
         """For a row of metrics: the share of the capacity in use."""
-        return {"replay/fill": min(self.limiter.inserted / self.capacity, 1.0)}
+        inserted = self.limiter.inserted
+        oldest = self.unrolls[0][2] if self.unrolls else inserted  # env steps before it
+        return {"replay/fill": min((inserted - oldest) / self.capacity, 1.0)}
 
     def position(self) -> dict:
         """What `restart_at` needs so that the unrolls inserted from here on rebuild the rows."""

@@ -36,14 +36,20 @@ class WeightsWriter:
 
     def __init__(self, buffer: WeightsBuffer):
         self.buffer = buffer
+        self._before = 0
 
     @property
     def version(self) -> int:
+        """Of the last publication; 0 while there is none."""
         return int(self.buffer.version[0])
+
+    def go_on_from(self, version: int) -> None:
+        """Let the first publication be the one after `version`, as in a run that is resumed."""
+        self._before = version
 
     def back(self) -> Tree:
         """The copy that readers do not believe, as a tree of numpy views to fill."""
-        return self.buffer.copies[(self.version + 1) % 2]
+        return self.buffer.copies[((self.version or self._before) + 1) % 2]
 
     def front(self) -> Tree:
         """The copy last published."""
@@ -51,7 +57,7 @@ class WeightsWriter:
 
     def publish(self) -> int:
         """Make `back()` the current weights; returns the new version."""
-        self.buffer.version[0] += 1
+        self.buffer.version[0] = (self.version or self._before) + 1
         return self.version
 
 
