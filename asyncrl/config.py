@@ -45,9 +45,10 @@ class Config:
     total_env_steps: int = 1_000_000
     """Env steps of the whole run; a resumed run may raise it."""
     seed: int = 1
+    """Of weights, environments and draws; what is random differs by lane and start."""
     schedule: Literal["async", "lockstep", "serial"] = "async"
     """async: actors and learner overlap. lockstep: they take turns, bit-exact on a CPU.
-    serial: the same in one process, for a debugger."""
+    serial: the same in one process, for a debugger that attaches to it."""
 
     def __post_init__(self):
         if self.total_env_steps < 1:

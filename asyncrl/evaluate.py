@@ -37,6 +37,7 @@ class EvaluationConfig:
     period_steps: int = 100_000
     """Env steps of training between two evaluations (0: none)."""
     num_episodes: int = 10
+    """Whole games of an evaluation."""
     num_envs: int = 5
     """Played side by side; each plays the same number of games, so that short ones do not win."""
     epsilon: float = 0.01

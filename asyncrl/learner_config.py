@@ -19,7 +19,7 @@ class LearnerConfig:
     """Torch threads for learning. 0: as many as cores or fewer, whatever is fastest as the run goes
     on; a single one for a small model."""
     sync_period: int = 1
-    """Updates between two syncs of the ring into the store."""
+    """Updates (of whole rollouts, in A2C and PPO) between two syncs of the ring into the store."""
     publish_period: int = 0
     """Updates between two publications of the weights (0: as the algorithm suggests)."""
     log_seconds: float = 5.0
@@ -29,9 +29,11 @@ class LearnerConfig:
     checkpoint_steps: int = 100_000
     """Env steps between two checkpoints in lockstep and serial, where time must decide nothing."""
     keep_checkpoints: int = 3
+    """How many of the newest stay, beside the best by evaluation."""
     save_replay: bool = True
-    """Keep the replay in checkpoints too."""
+    """Keep the replay on disk too; the two newest checkpoints have theirs."""
     tensorboard: bool = True
+    """Write metrics as event files too."""
 
     def __post_init__(self):
         for name in ("sync_period", "checkpoint_steps", "keep_checkpoints"):

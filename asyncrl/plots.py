@@ -267,9 +267,13 @@ def _draw_shares(axes, run: _Run, prefix: str, bottom: float) -> None:
         low = high
 
 
+DIAGNOSTICS = {"grad_norm", "skipped", "kl", "clipped", "explained_variance"}
+NOT_LOSSES = {f"loss/{name}" for name in DIAGNOSTICS | {"value_mean", "q_mean", "td_error"}}
+
+
 def _draw_loss(axes, groups: list[list[_Run]]) -> None:
     for color, alone, run in _each(groups):
-        names = [name for name in run.metrics if name.startswith("loss/")]
+        names = [name for name in run.metrics if name[:5] == "loss/" and name not in NOT_LOSSES]
         for j, name in enumerate(names if alone else names[:1]):
             color = COLORS[j % len(COLORS)] if alone else color
             axes.plot(*run.binned(name), color=color, label=name[5:] if alone else None)
