@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults.lab import Lab
 
-PATIENCE = float(os.environ.get("ASYNCRL_PATIENCE", "4"))  # times the promised seconds
+PATIENCE = float(os.environ.get("ASYNCRL_PATIENCE", "8"))  # times the promised seconds
 
 
 @pytest.fixture

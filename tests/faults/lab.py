@@ -113,6 +113,8 @@ class Lab:
             how["prefix"] = ("unshare", "-rm", "sh", "-c", mount, "sh")
         if record:
             environment |= {"RECORD": str(self.record), "STEPS": str(self.folder)}
+        if self.patience != 1:
+            how["constants"] = {"STOP_SECONDS": 20 * self.patience} | how.get("constants", {})
         since = time.time()
         run = Run(self.folder, run_id, launch_file, *options, environment=environment, **how)
         run.since = since
