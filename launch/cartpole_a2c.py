@@ -2,8 +2,8 @@
 
     ./run_main.sh cart_a2c launch/cartpole_a2c.py
 
-Hardware: 2 cores, no GPU; 3 minutes.
-Score: 500.0 in its last evaluation of 20 greedy games, seed 1.
+Hardware: 2 cores, no GPU; 3 minutes, beside others 5 to 19.
+Score: 500.0 for each of seeds 0 to 4; 100 greedy games with the last checkpoint.
 """
 
 from asyncrl import (
