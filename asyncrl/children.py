@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
+import select
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,14 +27,42 @@ CHILD_ENVIRONMENT = {
 }
 
 
+class Forked:
+    """A child process that was forked by another one: the part of Popen that a parent needs."""
+
+    def __init__(self, pid: int):
+        self.pid, self.returncode = pid, None
+        self.pidfd = os.pidfd_open(pid)
+
+    def poll(self) -> int | None:
+        """The exit status, negative for a signal; None while it lives."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout_seconds: float | None = None) -> int | None:
+        """Until it has ended or the time is over; as `poll`."""
+        ended = select.poll()
+        ended.register(self.pidfd, select.POLLIN)
+        ended.poll(None if timeout_seconds is None else timeout_seconds * 1000)
+        return self.poll()
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
 @dataclass
 class Child:
     """One process of the run and its history."""
 
     role: str
     index: int
-    process: subprocess.Popen | None = None
-    pidfd: int = -1
+    process: Forked | None = None
     started: float = 0.0
     generation: int = -1  # grows with each start
     deaths: list[float] = field(default_factory=list)  # since it last did its work

@@ -1,6 +1,7 @@
 """The processes of a run: how the parts are wired together in each of them.
 
-`python -m asyncrl.run ROLE INDEX ...` is one process; `asyncrl.supervisor` is their parent.
+`child_main` is one process, `asyncrl.supervisor` the parent of all, who has them forked from
+`asyncrl.template`. Only `prepare` is a command of its own: `python -m asyncrl.run prepare 0 ...`.
 
     prepare    the plan of a run (asyncrl.plan)
     learner 0  Learner on all lanes            actor i   Actor on its lanes

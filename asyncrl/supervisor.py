@@ -8,23 +8,22 @@ second looks at heartbeats.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import select
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from asyncrl.children import CHILD_ENVIRONMENT, Child, usage_by_role
+from asyncrl.children import Child, usage_by_role
 from asyncrl.folder import Refused, RunFolder, leaving_at_once
 from asyncrl.logs import EventLog
 from asyncrl.plan import EXIT_FAILED, EXIT_REFUSED, Plan
 from asyncrl.preflight import preflight
+from asyncrl.template import Template
 from asyncrl.transport.ring import Ring, Word
 from asyncrl.transport.shared_memory import Doorbell, Segment
 from asyncrl.transport.status import STATUS_BYTES, Status
@@ -52,12 +51,13 @@ def train(
     """
     folder = runs / run_id
     try:
-        with RunFolder(folder) as run:
+        with RunFolder(folder) as run, Template() as template:
             with leaving_at_once(signal.SIGTERM):
+                template.start()  # imports while the plan is made
                 plan = run.prepare(launch_file, options)
                 warnings = preflight(plan, folder)
                 run.begin(plan)
-                supervisor = Supervisor(folder, plan)
+                supervisor = Supervisor(folder, plan, template)
                 for check in warnings:
                     supervisor.events.event("warning", f"{check.lines[0]}; {check.remedy}")
             screen = display(folder, plan.total_env_steps)
@@ -73,8 +73,9 @@ def train(
 class Supervisor:
     """Starts the children of a planned run and sees it to its end."""
 
-    def __init__(self, folder: Path, plan: Plan):
+    def __init__(self, folder: Path, plan: Plan, template: Template | None = None):
         self.folder, self.plan = folder, plan
+        self.template = template or Template()
         self.events = EventLog(folder / "events.log")
         spec = Spec.from_json(plan.spec)
         lane_nbytes = Ring.nbytes(spec, plan.slots_per_lane)
@@ -120,11 +121,13 @@ class Supervisor:
         try:
             for child in self.children:
                 child.restart_at = 0.0
+            self._keep_template()
             self._start_the_due()
             while self.exit_status is None:
                 self._sleep(wake_read)
                 self._heed_signals()
                 self._bury_the_dead()
+                self._keep_template()
                 self._look_at_hearts()
                 self._start_the_due()
                 self.status.words[Status.ALIVE] = self._num_acting()
@@ -152,15 +155,27 @@ class Supervisor:
         poll.register(wake, select.POLLIN)
         for child in self.children:
             if child.process is not None:
-                poll.register(child.pidfd, select.POLLIN)
+                poll.register(child.process.pidfd, select.POLLIN)
         due = (child.restart_at for child in self.children if not child.gone)
         soon = [at for at in due if at is not None]
+        if not self.template.is_ready():
+            soon = []
+            if self.template.connection is not None:
+                poll.register(self.template.connection, select.POLLIN)
         timeout = min([1.0, *(max(at - time.monotonic(), 0) for at in soon)])
         for fd, _ in poll.poll(timeout * 1000):
             if fd == wake.fileno():
                 wake.recv(4096)
 
     # -- starting and ending ---------------------------------------------------------------------
+
+    def _keep_template(self) -> None:
+        """A new one in place of one that has died; its children live on."""
+        self.template.reap()
+        if self.template.gone and time.monotonic() - self.template.started > MAX_BACK_OFF_SECONDS:
+            if self.template.started:
+                self.events.event("restarted", "template restarted")
+            self.template.start()
 
     def _start(self, child: Child) -> None:
         generation, again = child.generation + 1, child.started > 0
@@ -169,27 +184,10 @@ class Supervisor:
         if child.role == "actor":
             for ring in self._rings_of(child):
                 ring.words[Word.BEAT] = 0
-        flat = [fd for v in self.fds.values() for fd in (v if isinstance(v, list) else [v])]
-        command = [sys.executable, "-m", "asyncrl.run", child.role, str(child.index),
-                   str(self.folder), str(os.getpid()), str(generation),
-                   json.dumps(self.fds)]  # fmt: skip
+        arguments = [child.role, str(child.index), str(self.folder), str(os.getpid())]
         with self._open_log(child) as log:
-            process = subprocess.Popen(
-                command,
-                pass_fds=flat,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=CHILD_ENVIRONMENT | os.environ,
-                start_new_session=True,  # a group of its own, to be killed as one
-            )
-        try:
-            child.pidfd = os.pidfd_open(process.pid)
-        except OSError:
-            process.kill()
-            process.wait()
-            raise
-        child.process, child.generation, child.started = process, generation, time.monotonic()
+            child.process = self.template.fork([*arguments, str(generation)], self.fds, log)
+        child.generation, child.started = generation, time.monotonic()
         verb = "restarted" if again else "started"
         word = {"actor": Status.RESTARTS, "evaluator": Status.EVALUATOR_RESTARTS}
         self.status.words[word.get(child.role, Status.LEARNER_RESTARTS)] += again
@@ -234,10 +232,8 @@ class Supervisor:
                 self._mourn(child, code)
 
     def _forget_process(self, child: Child) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(child.process.pid, signal.SIGKILL)  # env workers it may have left
-        os.close(child.pidfd)
-        child.process, child.pidfd = None, -1
+        self.template.bury(child.process)
+        child.process = None
 
     def _report_death(self, child: Child, code: int) -> str:
         cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
@@ -306,7 +302,7 @@ class Supervisor:
 
     def _start_the_due(self) -> None:
         now = time.monotonic()
-        for child in self.children:
+        for child in self.children if self.template.is_ready() else []:
             if child.restart_at is not None and now >= child.restart_at and not child.gone:
                 try:
                     self._start(child)
@@ -326,8 +322,7 @@ class Supervisor:
             self.events.event("stuck", f"{child.name} is stuck: no heartbeat for {silent:.0f} s",
                               pid=child.process.pid)  # fmt: skip
             child.process.send_signal(signal.SIGABRT)  # faulthandler writes the stacks
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.process.wait(1.0)
+            child.process.wait(1.0)
             child.process.kill()
 
     def _last_beat(self, child: Child) -> tuple[float, float]:
@@ -385,8 +380,7 @@ class Supervisor:
         deadline = time.monotonic() + (2.0 if len(self.signals) < 2 else 0.0)
         for child in self.children:
             if child.process is not None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.process.wait(max(deadline - time.monotonic(), 0.01))
+                child.process.wait(max(deadline - time.monotonic(), 0.01))
                 child.process.kill()
                 child.process.wait()
                 self._forget_process(child)

@@ -43,7 +43,7 @@ class Storm:
         hit = False
         for child in self.run.children():
             with contextlib.suppress(psutil.Error):
-                if f"asyncrl.run {role} " in " ".join(child.cmdline()):
+                if f"asyncrl {role} " in " ".join(child.cmdline()):
                     child.send_signal(number)
                     hit = True
         return hit

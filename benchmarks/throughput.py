@@ -71,7 +71,7 @@ class Tree:
 
     def of_role(self, role: str) -> list[psutil.Process]:
         return [process for process in self.processes()
-                if f"asyncrl.run {role} " in " ".join(process.cmdline())]  # fmt: skip
+                if f"asyncrl {role} " in " ".join(process.cmdline())]  # fmt: skip
 
 
 def cpu_seconds(process: psutil.Process) -> float:

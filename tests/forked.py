@@ -17,9 +17,10 @@ from pathlib import Path
 
 from asyncrl import folder as run_folder
 from asyncrl import plan as run_plan
+from asyncrl.children import CHILD_ENVIRONMENT
 from asyncrl.preflight import preflight
 from asyncrl.run import Process, run_serial
-from asyncrl.supervisor import CHILD_ENVIRONMENT, Supervisor
+from asyncrl.supervisor import Supervisor
 from asyncrl.transport.shared_memory import die_with_parent
 
 # Modules that a run imports only when it needs them, and pytest, which a child imports as well.

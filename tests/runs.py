@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -89,7 +90,7 @@ class Run:
         """The child with this role ("actor 0", "learner 0") in its command line."""
         for child in self.children():
             try:
-                if f"asyncrl.run {role} " in " ".join(child.cmdline()):
+                if re.search(rf"asyncrl(\.run)? {role} ", " ".join(child.cmdline())):
                     return child
             except psutil.Error:
                 continue

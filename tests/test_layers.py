@@ -29,7 +29,8 @@ LAYERS = [
     {"actor", "learner", "learner_config", "replay_stream", "throttle", "threads"}
     | {"evaluate", "guards"},
     {"config"},
-    {"costs", "plan", "folder", "preflight", "children", "run", "supervisor", "video"},
+    {"costs", "plan", "folder", "preflight", "children", "run", "template"}
+    | {"supervisor", "video"},
     {"panel", "health", "plots", "doctor", "bench", "cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -171,7 +171,7 @@ config = asyncrl.Config(
 def test_an_on_policy_run_goes_on_without_actors_that_were_given_up(start, tmp_path):
     """The rest of them has used up its permits by then: only the learner can give it more."""
     (tmp_path / "lame.py").write_text(LAME)
-    run = start("lame", tmp_path / "lame.py", constants={"MAX_RESTARTS": 1})
+    run = start("lame", tmp_path / "lame.py", constants={"MAX_RESTARTS": 2})
     run.wait_until(lambda: run.count("gave-up"))
     assert len(run.metrics()) > 1  # rows go on while nothing comes in
     status, output = run.finish(30)

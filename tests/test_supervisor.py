@@ -13,6 +13,7 @@ def test_a_process_that_cannot_be_started_is_tried_again_and_the_others_go_on():
     supervisor = object.__new__(Supervisor)
     events, started = [], []
     supervisor.events = SimpleNamespace(event=lambda kind, text: events.append((kind, text)))
+    supervisor.template = SimpleNamespace(is_ready=lambda: True)
     supervisor.children = [Child("learner", 0), Child("actor", 0), Child("actor", 1)]
 
     def start(child: Child) -> None:

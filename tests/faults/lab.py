@@ -56,17 +56,19 @@ class Memory:
     def __init__(self, run: Run):
         learner = run.find("learner 0")
         expect(learner is not None, "expected a learner")
-        fds, parent = json.loads(learner.cmdline()[-1]), run.process.pid
         plan = Plan.read(run.folder)
         spec = Spec.from_json(plan.spec)
-
-        def attach(fd: int) -> mmap.mmap:
-            with open(f"/proc/{parent}/fd/{fd}", "rb") as file:
-                return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-
-        self.rings = [Ring(attach(fd), spec, plan.slots_per_lane) for fd in fds["lanes"]]
-        self.status = Status(attach(fds["status"]))
-        self.weights = attach(fds["weights"])
+        segments = {}
+        for path in Path(f"/proc/{run.process.pid}/fd").iterdir():
+            name = os.readlink(path)
+            if name.startswith("/memfd:asyncrl-"):
+                with open(path, "rb") as file:
+                    memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+                segments[name.removeprefix("/memfd:asyncrl-").split()[0]] = memory
+        lanes = [segments[f"lane-{lane}"] for lane in range(plan.num_lanes)]
+        self.rings = [Ring(lane, spec, plan.slots_per_lane) for lane in lanes]
+        self.status = Status(segments["status"])
+        self.weights = segments["weights"]
         self.lanes_per_actor = plan.num_lanes // plan.num_actors
 
     @property

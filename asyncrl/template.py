@@ -1,0 +1,242 @@
+"""A process that has imported everything, and the children that are forked from it.
+
+Importing torch takes seconds. The template does it once, while the plan of the run is made; every
+child is then there within a fraction of a second, a replacement too, and shares the memory of what
+was imported. The template itself starts no thread, touches no GPU, and does nothing but fork.
+
+    supervisor   Template.fork(arguments, descriptors, log) -> Forked
+    template     forks twice; the first of the two ends at once, so that the second one is adopted
+                 by the supervisor: the child's end, status and life hang on it alone
+    child        waits for the supervisor's word, then goes to asyncrl.run
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import BinaryIO
+
+from setproctitle import setproctitle
+
+from asyncrl.children import CHILD_ENVIRONMENT, Forked
+from asyncrl.transport.shared_memory import adopt_orphans, die_with_parent
+
+PRELOADED = [
+    "asyncrl.actor",
+    "asyncrl.config",
+    "asyncrl.envs",
+    "asyncrl.evaluate",
+    "asyncrl.guards",
+    "asyncrl.learner",
+    "asyncrl.run",
+    "torch._dynamo",  # PyTorch's optimizers import it at their first step
+]
+IMPORT_SECONDS, REPLY_SECONDS = 120.0, 10.0  # one that takes longer is stuck
+READY = b"ready"
+MAX_MESSAGE_NBYTES, MAX_FDS = 1 << 16, 200  # in one message; the kernel takes 253 descriptors
+
+
+class Template:
+    """The supervisor's side. When it is ready it forks; when it has died, start it anew."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen | None = None
+        self.connection: socket.socket | None = None
+        self.started, self.imported = 0.0, False
+        self.groups: list[int] = []  # what is left of them is ending
+
+    def __enter__(self) -> Template:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Begin to import, in a process of its own; returns at once."""
+        self.close()
+        adopt_orphans()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, ends of children would be lost
+        self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.started, self.imported = time.monotonic(), False
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "asyncrl.template", str(os.getpid()), str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=CHILD_ENVIRONMENT | os.environ,
+                start_new_session=True,
+            )
+
+    @property
+    def gone(self) -> bool:
+        """Whether it has died, was never started, or is stuck in what it imports."""
+        if self.process is None or self.process.poll() is not None:
+            return True
+        return not self.is_ready() and time.monotonic() - self.started > IMPORT_SECONDS
+
+    def is_ready(self, timeout_seconds: float = 0.0) -> bool:
+        """Whether it can fork, after waiting for that at most so long."""
+        if self.connection is not None and not self.imported:
+            self.connection.settimeout(timeout_seconds)
+            with contextlib.suppress(OSError):
+                said = self.connection.recv(MAX_MESSAGE_NBYTES)
+                self.imported = said == READY
+                if not said:  # it has died
+                    self.close()
+        return self.imported
+
+    def fork(self, arguments: list[str], fds: dict, log: BinaryIO) -> Forked:
+        """A child that runs `asyncrl.run.child_main(arguments + [fds, in its own numbers])`.
+
+        `fds` has descriptors, or lists of them, by name. OSError when no child came of it.
+        """
+        if not self.is_ready():
+            raise OSError("the template is not ready")
+        go_read, go_write = os.pipe()
+        try:
+            sent = {**fds, "log": log.fileno(), "go": go_read}
+            child = Forked(self._ask({"arguments": arguments, "fds": sent}))
+            os.write(go_write, b"!")
+            return child
+        finally:  # without the word, a child that nobody knows of ends by itself
+            os.close(go_read)
+            os.close(go_write)
+
+    def _ask(self, request: dict) -> int:
+        """The pid that the template answers with."""
+        resource.prlimit(self.process.pid, resource.RLIMIT_NOFILE,
+                         resource.getrlimit(resource.RLIMIT_NOFILE))  # fmt: skip
+        flat = flatten(request["fds"])
+        try:
+            self.connection.settimeout(REPLY_SECONDS)
+            self.connection.send(json.dumps(request).encode())
+            for start in range(0, len(flat), MAX_FDS):
+                socket.send_fds(self.connection, [b"+"], flat[start : start + MAX_FDS])
+            reply = self.connection.recv(MAX_MESSAGE_NBYTES)
+            if not reply:
+                raise OSError("it ended, or can make no more processes")
+        except OSError as error:
+            self.close()
+            raise OSError(f"the template does not fork: {error}") from None
+        return int(reply)
+
+    def bury(self, child: Forked) -> None:
+        """Forget one that has ended, and end what it left: workers of environments."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+        os.close(child.pidfd)
+        self.groups.append(child.pid)
+
+    def reap(self) -> None:
+        """Take note of ends that were adopted, so that nothing of them stays."""
+        for group in list(self.groups):
+            with contextlib.suppress(ChildProcessError):  # no more of them
+                while os.waitpid(-group, os.WNOHANG)[0]:
+                    pass
+                continue
+            self.groups.remove(group)
+
+    def close(self) -> None:
+        """End the template; its children stay."""
+        if self.process is not None:
+            self.connection.close()
+            self.process.kill()
+            self.process.wait()
+            self.process = self.connection = None
+            self.imported = False
+
+
+def flatten(fds: dict) -> list[int]:
+    """All descriptors in their order."""
+    return [fd for value in fds.values() for fd in (value if isinstance(value, list) else [value])]
+
+
+# -- the template's side -------------------------------------------------------------------------
+
+
+def main(parent_pid: int, connection: socket.socket) -> int:
+    """Serve until the supervisor is gone; in a child that was forked: be that child."""
+    die_with_parent(parent_pid)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    setproctitle(f"asyncrl template of {parent_pid}")
+    for name in PRELOADED:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # looking for garbage would write to what is shared
+    connection.send(READY)
+    while message := connection.recv(MAX_MESSAGE_NBYTES):
+        request = json.loads(message)
+        fds = receive_fds(connection, request["fds"])
+        told_read, told_write = os.pipe()
+        first = fork()
+        if first == 0:
+            second = fork()
+            if second > 0:
+                os.write(told_write, str(second).encode())
+            if second != 0:
+                os._exit(0)
+            for fd in (connection.detach(), told_read, told_write):
+                os.close(fd)
+            return be_child(request["arguments"], fds)
+        for fd in (told_write, *flatten(fds)):
+            os.close(fd)
+        if first > 0:
+            os.waitpid(first, 0)  # only now the supervisor has adopted its child
+        with open(told_read, "rb") as told:
+            connection.send(told.read())
+    return 0
+
+
+def fork() -> int:
+    """As os.fork, and -1 where no process can be made."""
+    try:
+        return os.fork()
+    except OSError:
+        return -1
+
+
+def receive_fds(connection: socket.socket, sent: dict) -> dict:
+    """What `Template.fork` sent, with the numbers that the descriptors have here."""
+    received: list[int] = []
+    for _ in range(0, len(flatten(sent)), MAX_FDS):
+        received += socket.recv_fds(connection, 1, MAX_FDS)[1]
+    numbers = iter(received)
+    return {
+        name: [next(numbers) for _ in value] if isinstance(value, list) else next(numbers)
+        for name, value in sent.items()
+    }
+
+
+def be_child(arguments: list[str], fds: dict) -> int:
+    """What is left to do for a process of its own, then its work; returns its exit status."""
+    import numpy as np
+
+    from asyncrl.run import child_main
+
+    os.setsid()  # a group of its own, to be killed as one
+    log, go = fds.pop("log"), fds.pop("go")
+    if not os.read(go, 1):
+        os._exit(1)  # the supervisor does not know of it
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    os.close(go)
+    np.random.seed()  # for environments that draw from it; `random` does so by itself
+    role, index, folder, *_ = arguments
+    setproctitle(f"asyncrl {role} {index} of {folder}")
+    sys.argv[1:] = [*arguments, json.dumps(fds)]
+    return child_main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), socket.socket(fileno=int(sys.argv[2]))))

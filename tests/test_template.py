@@ -1,0 +1,140 @@
+"""Children forked from the template: whose they are, what they get, and what ends them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+
+import psutil
+import pytest
+
+from asyncrl.template import MAX_FDS, Template, flatten, receive_fds
+from asyncrl.transport.shared_memory import Doorbell
+from tests.runs import REPOSITORY, Run
+
+NO_RUN = ["actor", "0", "/nowhere", str(os.getpid()), "0"]  # a child that fails at once
+
+
+@pytest.fixture(scope="module")
+def template():
+    with Template() as template:
+        template.start()
+        assert template.is_ready(60)
+        yield template
+
+
+def end_of(template: Template, child) -> int:
+    status = child.wait(60)
+    template.bury(child)
+    return status
+
+
+def test_a_child_is_the_supervisors_own_and_its_output_is_in_its_log(template, tmp_path):
+    with open(tmp_path / "log", "wb") as log:
+        child = template.fork(NO_RUN, {"lanes": []}, log)
+    assert psutil.Process(child.pid).ppid() == os.getpid()
+    assert end_of(template, child) == 1
+    told = (tmp_path / "log").read_text()
+    assert "FileNotFoundError" in told and "/nowhere" in told
+
+
+def test_a_killed_child_says_by_what(template, tmp_path):
+    with open(tmp_path / "log", "wb") as log:
+        child = template.fork(NO_RUN, {}, log)
+    child.kill()
+    assert end_of(template, child) == -signal.SIGKILL
+
+
+def test_a_child_that_nobody_knows_of_ends(template, tmp_path):
+    """Its supervisor waits no more, so it must not begin to write into a lane."""
+    read, write = os.pipe()
+    with open(tmp_path / "log", "wb") as log:
+        pid = template._ask({"arguments": NO_RUN, "fds": {"log": log.fileno(), "go": read}})
+    os.close(read)
+    time.sleep(0.2)
+    assert os.waitpid(pid, os.WNOHANG)[0] == 0, "it did not wait for the word"
+    os.close(write)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    assert (tmp_path / "log").read_text() == ""
+
+
+def test_more_descriptors_than_a_message_takes():
+    bells = [Doorbell.create() for _ in range(2 * MAX_FDS + 7)]
+    sent = {"one": bells[0].fd, "many": [bell.fd for bell in bells[1:]], "none": []}
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def send():
+        for start in range(0, len(bells), MAX_FDS):
+            socket.send_fds(ours, [b"+"], flatten(sent)[start : start + MAX_FDS])
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    received = receive_fds(theirs, sent)
+    sender.join()
+    assert received["none"] == [] and len(received["many"]) == len(bells) - 1
+    for number, fd in enumerate(flatten(received)):
+        os.eventfd_write(fd, number + 1)
+    assert [os.eventfd_read(bell.fd) for bell in bells] == list(range(1, len(bells) + 1))
+    for fd in (*flatten(received), *flatten(sent)):
+        os.close(fd)
+    ours.close()
+    theirs.close()
+
+
+def test_not_ready_not_forked():
+    template = Template()
+    assert template.gone and not template.is_ready()
+    with open(os.devnull, "wb") as log, pytest.raises(OSError, match="not ready"):
+        template.fork(NO_RUN, {}, log)
+
+
+def test_a_template_that_died_is_started_again(tmp_path):
+    with Template() as template:
+        template.start()
+        os.kill(template.process.pid, signal.SIGKILL)
+        assert not template.is_ready(60) and template.gone
+        template.start()
+        assert template.is_ready(60) and not template.gone
+        with open(tmp_path / "log", "wb") as log:
+            assert end_of(template, template.fork(NO_RUN, {}, log)) == 1
+
+
+def test_a_stuck_template_costs_an_error_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr("asyncrl.template.REPLY_SECONDS", 0.3)
+    with Template() as template:
+        template.start()
+        assert template.is_ready(60)
+        os.kill(template.process.pid, signal.SIGSTOP)
+        with open(tmp_path / "log", "wb") as log, pytest.raises(OSError, match="does not fork"):
+            template.fork(NO_RUN, {}, log)
+        assert template.gone
+
+
+@pytest.mark.timeout(240)
+def test_a_run_outlives_its_template_and_what_a_killed_actor_leaves(tmp_path):
+    """The template is killed, then an actor whose environments are processes of their own."""
+    launch_file = REPOSITORY / "launch" / "cartpole_dqn.py"
+    constants = {"MAX_BACK_OFF_SECONDS": 0.5}
+    run = Run(tmp_path, "run", launch_file, "--env.vectorization", "async", constants=constants)
+    try:
+        run.wait_until(lambda: run.metrics() and run.metrics()[-1]["updates"] > 0, 90)
+        actor, learner = run.find("actor 0"), run.find("learner 0")
+        template = psutil.Process(run.process.pid).children()[0]
+        assert "template" in template.name() or "template" in " ".join(template.cmdline())
+        workers = actor.children(recursive=True)
+        assert workers
+        template.kill()
+        run.wait_until(lambda: run.count("restarted", "template"))
+        assert actor.is_running() and learner.is_running()
+        actor.kill()
+        run.wait_until(lambda: run.count("restarted", "actor 0"))
+        assert not psutil.wait_procs(workers, timeout=10)[1], "zombies, or still alive"
+        assert run.find("learner 0") == learner
+        run.signal(signal.SIGTERM)
+        assert run.finish()[0] == 143
+        assert not run.orphans()
+    finally:
+        run.kill_tree()
