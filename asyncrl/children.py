@@ -23,6 +23,8 @@ CHILD_ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # and in large pages, where the system lends some
     # Threads that wait for each other at the end of a layer sleep soon: actors need the processor.
     "GOMP_SPINCOUNT": "300",
+    # Asked whether there is a GPU, PyTorch must not take hold of it: a fork could not use it then.
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     "PYTHONUNBUFFERED": "1",
 }
 

@@ -10,6 +10,7 @@ import time
 
 import psutil
 import pytest
+import torch
 
 from asyncrl.template import MAX_FDS, Template, flatten, receive_fds
 from asyncrl.transport.shared_memory import Doorbell
@@ -138,3 +139,11 @@ def test_a_run_outlives_its_template_and_what_a_killed_actor_leaves(tmp_path):
         assert not run.orphans()
     finally:
         run.kill_tree()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_was_forked_can_use_the_gpu(tmp_path):
+    options = ("--learner.device", "cuda", "--actor.device", "cuda", "--total-env-steps", 3_000)
+    run = Run(tmp_path, "run", REPOSITORY / "launch" / "cartpole_dqn.py", *options)
+    status, output = run.finish()
+    assert status == 0, output
