@@ -57,6 +57,12 @@ class Forked:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
+    def bury(self) -> None:
+        """Forget one that has ended, and end what it left: workers of environments."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        os.close(self.pidfd)
+
 
 @dataclass
 class Child:
@@ -128,9 +134,21 @@ def usage(pids: list[int]) -> Usage:
     return Usage(nbytes, descriptors)
 
 
-def usage_by_role(children: list[Child], shared_nbytes: int) -> dict[str, float]:
-    """Megabytes and descriptors, as metrics, of the parent and of each role with its workers."""
-    pids: dict[str, list[int]] = {"supervisor": [os.getpid()]}
+def reap_strangers(known: set[int]) -> None:
+    """Take note of the ends of processes that were adopted, so that nothing of them stays."""
+    with contextlib.suppress(ChildProcessError):
+        while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if ended.si_pid in known:  # whose end is looked at elsewhere, first
+                return
+            os.waitpid(ended.si_pid, 0)
+
+
+def usage_by_role(
+    parents: list[int], children: list[Child], shared_nbytes: int
+) -> dict[str, float]:
+    """Megabytes and descriptors, as metrics, of supervisor and template (`parents`, pids) and of
+    each role with its workers."""
+    pids: dict[str, list[int]] = {"supervisor": parents}
     for child in children:
         role = {"actor": "actors", "serial": "learner"}.get(child.role, child.role)
         if child.process is not None:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from asyncrl.children import Child, usage_by_role
+from asyncrl.children import Child, reap_strangers, usage_by_role
 from asyncrl.folder import Refused, RunFolder, leaving_at_once
 from asyncrl.logs import EventLog
 from asyncrl.plan import EXIT_FAILED, EXIT_REFUSED, Plan
@@ -121,7 +121,6 @@ class Supervisor:
         try:
             for child in self.children:
                 child.restart_at = 0.0
-            self._keep_template()
             self._start_the_due()
             while self.exit_status is None:
                 self._sleep(wake_read)
@@ -170,12 +169,13 @@ class Supervisor:
     # -- starting and ending ---------------------------------------------------------------------
 
     def _keep_template(self) -> None:
-        """A new one in place of one that has died; its children live on."""
-        self.template.reap()
-        if self.template.gone and time.monotonic() - self.template.started > MAX_BACK_OFF_SECONDS:
-            if self.template.started:
-                self.events.event("restarted", "template restarted")
-            self.template.start()
+        """Where it dies, those it has made live on; a run that needs it and cannot have it ends."""
+        template = self.template
+        template.keep(self.events, _back_off(template.failed + 1))
+        alive = {child.role for child in self.children if child.process is not None}
+        if template.failed > MAX_RESTARTS and not alive & {"learner", "serial"}:
+            _say(template.last_words, "the run cannot go on: no process can be forked")
+            self.exit_status = EXIT_FAILED
 
     def _start(self, child: Child) -> None:
         generation, again = child.generation + 1, child.started > 0
@@ -230,9 +230,11 @@ class Supervisor:
                     self.exit_status = EXIT_FAILED
             else:
                 self._mourn(child, code)
+        known = {child.process.pid for child in self.children if child.process is not None}
+        reap_strangers(known | {self.template.pid})
 
     def _forget_process(self, child: Child) -> None:
-        self.template.bury(child.process)
+        child.process.bury()
         child.process = None
 
     def _report_death(self, child: Child, code: int) -> str:
@@ -250,14 +252,12 @@ class Supervisor:
         if self._has_worked(child):
             child.deaths.clear()
         child.deaths = [at for at in child.deaths if now - at < RESTART_WINDOW_SECONDS] + [now]
-        given_up = len(child.deaths) > MAX_RESTARTS
-        back_off = min(BACK_OFF_SECONDS * 2 ** (len(child.deaths) - 1), MAX_BACK_OFF_SECONDS)
-        if given_up:
+        back_off = _back_off(len(child.deaths))
+        if len(child.deaths) > MAX_RESTARTS:
             child.gone = True
             for ring in self._rings_of(child) if child.role == "actor" else []:
                 ring.words[Word.GONE] = 1
-            minutes = RESTART_WINDOW_SECONDS / 60
-            times = f"{len(child.deaths)} times in {minutes:.0f} minutes"
+            times = f"{len(child.deaths)} times in {RESTART_WINDOW_SECONDS / 60:.0f} minutes"
             self.events.event("gave-up", f"{child.name} died {times}; not restarted")
             actors = [other for other in self.children if other.role == "actor"]
             turn_based = self.plan.schedule != "async"
@@ -302,7 +302,9 @@ class Supervisor:
 
     def _start_the_due(self) -> None:
         now = time.monotonic()
-        for child in self.children if self.template.is_ready() else []:
+        for child in self.children:
+            if not self.template.is_ready():
+                return
             if child.restart_at is not None and now >= child.restart_at and not child.gone:
                 try:
                     self._start(child)
@@ -344,7 +346,7 @@ class Supervisor:
             return
         self.usage_at = time.monotonic()
         shared = sum(segment.nbytes for segment in (*self.segments.values(), *self.lanes))
-        taken = usage_by_role(self.children, shared)
+        taken = usage_by_role([os.getpid(), self.template.pid], self.children, shared)
         self.status.usage[:] = [taken.get(name, 0.0) for name in Status.USAGE]
 
     # -- stopping --------------------------------------------------------------------------------
@@ -384,6 +386,11 @@ class Supervisor:
                 child.process.kill()
                 child.process.wait()
                 self._forget_process(child)
+
+
+def _back_off(deaths: int) -> float:
+    """Seconds before a new start."""
+    return min(BACK_OFF_SECONDS * 2 ** (deaths - 1), MAX_BACK_OFF_SECONDS)
 
 
 def _say(*lines: str) -> None:

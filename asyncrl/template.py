@@ -28,6 +28,7 @@ from typing import BinaryIO
 from setproctitle import setproctitle
 
 from asyncrl.children import CHILD_ENVIRONMENT, Forked
+from asyncrl.logs import EventLog
 from asyncrl.transport.shared_memory import adopt_orphans, die_with_parent
 
 PRELOADED = [
@@ -39,7 +40,8 @@ PRELOADED = [
     "asyncrl.learner",
     "asyncrl.run",
 ]
-if not os.path.exists("/dev/nvidiactl"):  # with a GPU, who may say that it will never look at it?
+GPUS = "/dev/nvidiactl", "/dev/dxg", "/dev/kfd"
+if not any(map(os.path.exists, GPUS)):  # with a GPU, who may say that it will never look at it?
     PRELOADED.append("torch._dynamo")  # PyTorch's optimizers import it at their first step
 IMPORT_SECONDS, REPLY_SECONDS = 120.0, 10.0  # one that takes longer is stuck
 READY = b"ready"
@@ -53,7 +55,8 @@ class Template:
         self.process: subprocess.Popen | None = None
         self.connection: socket.socket | None = None
         self.started, self.imported = 0.0, False
-        self.groups: list[int] = []  # what is left of them is ending
+        self.failed = 0  # starts in a row that have not made it ready
+        self.log, self.last_words = -1, ""
 
     def __enter__(self) -> Template:
         return self
@@ -64,23 +67,33 @@ class Template:
     def start(self) -> None:
         """Begin to import, in a process of its own; returns at once."""
         self.close()
+        self.started, self.imported, self.failed = time.monotonic(), False, self.failed + 1
+        self.log = os.memfd_create("asyncrl-template-log")
         adopt_orphans()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, ends of children would be lost
         self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.started, self.imported = time.monotonic(), False
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "asyncrl.template", str(os.getpid()), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                stdout=self.log,
+                stderr=self.log,
                 env=CHILD_ENVIRONMENT | os.environ,
                 start_new_session=True,
             )
 
     @property
+    def pid(self) -> int:
+        """0 where there is none."""
+        return self.process.pid if self.process is not None else 0
+
+    @property
     def gone(self) -> bool:
         """Whether it has died, was never started, or is stuck in what it imports."""
-        if self.process is None or self.process.poll() is not None:
+        if self.process is not None and self.process.poll() is not None:
+            self.close()
+        if self.process is None:
             return True
         return not self.is_ready() and time.monotonic() - self.started > IMPORT_SECONDS
 
@@ -89,18 +102,33 @@ class Template:
         if self.connection is not None and not self.imported:
             self.connection.settimeout(timeout_seconds)
             with contextlib.suppress(OSError):
-                said = self.connection.recv(MAX_MESSAGE_NBYTES)
-                self.imported = said == READY
-                if not said:  # it has died
+                self.imported = self.connection.recv(MAX_MESSAGE_NBYTES) == READY
+                if self.imported:
+                    self.failed = 0
+                else:  # it has died
                     self.close()
         return self.imported
+
+    def keep(self, events: EventLog, back_off_seconds: float) -> None:
+        """Start another one where it has died, so long after the last start."""
+        if not self.gone or time.monotonic() < self.started + back_off_seconds:
+            return
+        if self.started:
+            self.close()
+            events.event("death", f"template died\n{self.last_words}".strip())
+            events.event("restarted", "template restarted")
+        try:
+            self.start()
+        except OSError as error:  # no more processes, descriptors or memory for now
+            events.event("warning", f"template cannot be started, tried again: {error}")
+            self.close()
 
     def fork(self, arguments: list[str], fds: dict, log: BinaryIO) -> Forked:
         """A child that runs `asyncrl.run.child_main(arguments + [fds, in its own numbers])`.
 
         `fds` has descriptors, or lists of them, by name. OSError when no child came of it.
         """
-        if not self.is_ready():
+        if self.gone or not self.is_ready():
             raise OSError("the template is not ready")
         go_read, go_write = os.pipe()
         try:
@@ -114,46 +142,38 @@ class Template:
 
     def _ask(self, request: dict) -> int:
         """The pid that the template answers with."""
-        resource.prlimit(self.process.pid, resource.RLIMIT_NOFILE,
-                         resource.getrlimit(resource.RLIMIT_NOFILE))  # fmt: skip
         flat = flatten(request["fds"])
         try:
+            resource.prlimit(self.process.pid, resource.RLIMIT_NOFILE,
+                             resource.getrlimit(resource.RLIMIT_NOFILE))  # fmt: skip
             self.connection.settimeout(REPLY_SECONDS)
             self.connection.send(json.dumps(request).encode())
             for start in range(0, len(flat), MAX_FDS):
                 socket.send_fds(self.connection, [b"+"], flat[start : start + MAX_FDS])
-            reply = self.connection.recv(MAX_MESSAGE_NBYTES)
-            if not reply:
-                raise OSError("it ended, or can make no more processes")
+            pid = int(self.connection.recv(MAX_MESSAGE_NBYTES) or -1)
         except OSError as error:
             self.close()
             raise OSError(f"the template does not fork: {error}") from None
-        return int(reply)
-
-    def bury(self, child: Forked) -> None:
-        """Forget one that has ended, and end what it left: workers of environments."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(child.pid, signal.SIGKILL)
-        os.close(child.pidfd)
-        self.groups.append(child.pid)
-
-    def reap(self) -> None:
-        """Take note of ends that were adopted, so that nothing of them stays."""
-        for group in list(self.groups):
-            with contextlib.suppress(ChildProcessError):  # no more of them
-                while os.waitpid(-group, os.WNOHANG)[0]:
-                    pass
-                continue
-            self.groups.remove(group)
+        if pid == -1:
+            self.close()
+            raise OSError("the template died")
+        if pid == 0:
+            raise OSError("there can be no more processes")
+        return pid
 
     def close(self) -> None:
         """End the template; its children stay."""
-        if self.process is not None:
+        if self.connection is not None:
             self.connection.close()
+        if self.process is not None:
             self.process.kill()
-            self.process.wait()
-            self.process = self.connection = None
-            self.imported = False
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(1.0)
+        if self.log >= 0:
+            self.last_words = os.pread(self.log, 6000, max(os.fstat(self.log).st_size - 6000, 0))
+            self.last_words = self.last_words.decode(errors="replace").strip()
+            os.close(self.log)
+        self.process, self.connection, self.imported, self.log = None, None, False, -1
 
 
 def flatten(fds: dict) -> list[int]:
@@ -182,9 +202,9 @@ def main(parent_pid: int, connection: socket.socket) -> int:
         first = fork()
         if first == 0:
             second = fork()
-            if second > 0:
-                os.write(told_write, str(second).encode())
             if second != 0:
+                with contextlib.suppress(OSError):  # nobody is left to be told
+                    os.write(told_write, str(max(second, 0)).encode())
                 os._exit(0)
             for fd in (connection.detach(), told_read, told_write):
                 os.close(fd)
@@ -194,7 +214,7 @@ def main(parent_pid: int, connection: socket.socket) -> int:
         if first > 0:
             os.waitpid(first, 0)  # only now the supervisor has adopted its child
         with open(told_read, "rb") as told:
-            connection.send(told.read())
+            connection.send(told.read() or b"0")
     return 0
 
 
@@ -234,6 +254,7 @@ def be_child(arguments: list[str], fds: dict) -> int:
     os.close(go)
     np.random.seed()  # for environments that draw from it; `random` does so by itself
     role, index, folder, *_ = arguments
+    folder = os.fsencode(folder).decode(errors="replace")
     setproctitle(f"asyncrl {role} {index} of {folder}")
     sys.argv[1:] = [*arguments, json.dumps(fds)]
     return child_main(sys.argv[1:])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -12,8 +14,9 @@ import psutil
 import pytest
 import torch
 
+from asyncrl.children import reap_strangers
 from asyncrl.template import MAX_FDS, Template, flatten, receive_fds
-from asyncrl.transport.shared_memory import Doorbell
+from asyncrl.transport.shared_memory import Doorbell, adopt_orphans
 from tests.runs import REPOSITORY, Run
 
 NO_RUN = ["actor", "0", "/nowhere", str(os.getpid()), "0"]  # a child that fails at once
@@ -29,7 +32,7 @@ def template():
 
 def end_of(template: Template, child) -> int:
     status = child.wait(60)
-    template.bury(child)
+    child.bury()
     return status
 
 
@@ -118,8 +121,7 @@ def test_a_stuck_template_costs_an_error_and_no_more(tmp_path, monkeypatch):
 def test_a_run_outlives_its_template_and_what_a_killed_actor_leaves(tmp_path):
     """The template is killed, then an actor whose environments are processes of their own."""
     launch_file = REPOSITORY / "launch" / "cartpole_dqn.py"
-    constants = {"MAX_BACK_OFF_SECONDS": 0.5}
-    run = Run(tmp_path, "run", launch_file, "--env.vectorization", "async", constants=constants)
+    run = Run(tmp_path, "run", launch_file, "--env.vectorization", "async")
     try:
         run.wait_until(lambda: run.metrics() and run.metrics()[-1]["updates"] > 0, 90)
         actor, learner = run.find("actor 0"), run.find("learner 0")
@@ -139,6 +141,50 @@ def test_a_run_outlives_its_template_and_what_a_killed_actor_leaves(tmp_path):
         assert not run.orphans()
     finally:
         run.kill_tree()
+
+
+def test_a_run_whose_template_never_gets_ready_ends_and_says_why(tmp_path):
+    """Nothing of it could ever be started."""
+    code = "import os, sys; 'asyncrl.template' in sys.orig_argv and "
+    code += "(os.write(2, b'the library is broken'), os._exit(3))"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    run = Run(
+        tmp_path, "run", REPOSITORY / "launch" / "cartpole_dqn.py",
+        constants={"BACK_OFF_SECONDS": 0.01, "MAX_RESTARTS": 2},
+        environment={"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"},
+    )  # fmt: skip
+    status, output = run.finish()
+    assert status == 1 and "the library is broken" in output
+    assert run.count("death", "the library is broken") == 2
+    assert not run.orphans()
+
+
+def test_no_more_processes_costs_an_error_and_no_more(tmp_path):
+    """The template says so, and lives on: another one could be made even less."""
+    with Template() as template:
+        template.process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1)
+        template.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        template.imported = theirs.send(b"0") == 1
+        with open(tmp_path / "log", "wb") as log, pytest.raises(OSError, match="no more processes"):
+            template.fork(NO_RUN, {}, log)
+        assert template.is_ready() and not template.gone
+        theirs.close()
+
+
+def test_what_was_adopted_is_reaped():
+    """A process whose parent has ended, in a session of its own, as some environments start one."""
+    adopt_orphans()
+    read, write = os.pipe()
+    code = f"import os; pid = os.fork(); os.setsid(); pid and os.write({write}, b'%d' % pid)"
+    subprocess.run([sys.executable, "-c", code], check=True, pass_fds=[write])
+    orphan = psutil.Process(int(os.read(read, 20)))
+    assert orphan.ppid() == os.getpid()
+    deadline = time.monotonic() + 30
+    while orphan.is_running() and time.monotonic() < deadline:
+        reap_strangers(known=set())
+    assert not orphan.is_running()
+    os.close(read)
+    os.close(write)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
