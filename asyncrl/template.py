@@ -68,7 +68,7 @@ class Template:
         """Begin to import, in a process of its own; returns at once."""
         self.close()
         self.started, self.imported, self.failed = time.monotonic(), False, self.failed + 1
-        self.log = os.memfd_create("asyncrl-template-log")
+        self.log = os.memfd_create("template.log")
         adopt_orphans()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, ends of children would be lost
         self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
