@@ -80,6 +80,7 @@ class Storm:
             "12 logs deleted": self.forget_logs,
             "13 evaluator killed": lambda: self.send("evaluator", signal.SIGKILL),
             "25 learner stalled 5 s": self.stall,
+            "template killed": lambda: self.send("template", signal.SIGKILL),
         }
 
 

@@ -74,9 +74,12 @@ def test_the_loss_of_ppo_step_by_step(form, clip_ratio):
         share += outside / count
     assert 0.1 < share < 0.9 and (gradient[valid] == 0).any()
     given = tensors(current, behaviour, advantage, valid, grad=0)
-    got = ppo_loss(*given, clip_ratio)
-    got[0].backward()
-    np.testing.assert_allclose([part.item() for part in got], [loss, kl, share], rtol=1e-6)
+    got, ratios = ppo_loss(*given, clip_ratio)
+    got.backward()
+    np.testing.assert_allclose(got.item(), loss, rtol=1e-6)
+    np.testing.assert_allclose(ac.divergence(ratios, given[3]).item(), kl, rtol=1e-6)
+    outside = ac.clipped_share(ratios, given[3], clip_ratio)
+    np.testing.assert_allclose(outside.item(), share, rtol=1e-6)
     np.testing.assert_allclose(given[0].grad, gradient, rtol=1e-9, atol=1e-15)
 
 
@@ -150,7 +153,8 @@ def test_a_step_of_another_policy_counts_by_its_ratio():
         learned = current.clone().requires_grad_()
         a2c_loss(learned, behaviour, advantage, valid, clip_rho).backward()
         np.testing.assert_allclose(learned.grad, -torch.tensor([rho]) * advantage / 4)
-    loss, kl, share = ppo_loss(current, behaviour, advantage, valid, 0.3)
+    loss, ratio = ppo_loss(current, behaviour, advantage, valid, 0.3)
+    kl, share = ac.divergence(ratio, valid), ac.clipped_share(ratio, valid, 0.3)
     assert loss.item() == pytest.approx(-(0.5 + 1.3 - 1 - 1.2) / 4)
     assert kl.item() == pytest.approx((-0.5 - np.log(0.5) + 3 - np.log(4) + 0.2 - np.log(1.2)) / 4)
     assert share == 0.5

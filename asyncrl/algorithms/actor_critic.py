@@ -68,14 +68,24 @@ def divergence(ratio: Tensor, valid: Tensor) -> Tensor:
     return mean(ratio - 1 - ratio.log(), valid)
 
 
+def clipped_share(ratio: Tensor, valid: Tensor, clip_ratio: float) -> Tensor:
+    """Of valid steps, those whose ratio is more than `clip_ratio` away from 1."""
+    return mean(((ratio - 1).abs() > clip_ratio).float(), valid)
+
+
 def masked(values: Tensor, valid: Tensor) -> Tensor:
     """0 where not valid. Constants of a loss need it: nan times a gradient of 0 is nan."""
-    return torch.where(valid, values, 0.0)
+    return values.masked_fill(~valid, 0.0)
 
 
 def mean(values: Tensor, valid: Tensor) -> Tensor:
     """Mean over valid steps; what is not valid may even be nan."""
-    return masked(values, valid).sum() / valid.sum().clamp(min=1)
+    return mean_of_masked(masked(values, valid), valid)
+
+
+def mean_of_masked(values: Tensor, valid: Tensor) -> Tensor:
+    """Mean over valid steps of what is 0 elsewhere."""
+    return values.sum() / valid.sum().clamp(min=1)
 
 
 def normalize(advantage: Tensor, valid: Tensor) -> Tensor:

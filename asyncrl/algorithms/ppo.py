@@ -121,8 +121,8 @@ def _is_recurrent(spec: Spec) -> bool:
 
 def ppo_loss(
     current: Tensor, behaviour: Tensor, advantage: Tensor, valid: Tensor, clip_ratio: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(policy loss, approximate KL, share of clipped ratios); inputs of one shape.
+) -> tuple[Tensor, Tensor]:
+    """(policy loss, importance ratios, 1 where not valid); inputs of one shape.
 
     `behaviour` is the log-probability of whoever acted, so it may be any policy of any age.
     """
@@ -131,11 +131,8 @@ def ppo_loss(
     )
     ratio = ac.importance_ratio(current, behaviour)
     clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
-    loss = -ac.mean(torch.minimum(ratio * advantage, clipped * advantage), valid)
-    with torch.no_grad():
-        kl = ac.divergence(ratio, valid)
-        share = ac.mean(((ratio - 1).abs() > clip_ratio).float(), valid)
-    return loss, kl, share
+    gain = torch.minimum(ratio * advantage, clipped * advantage)
+    return -ac.mean_of_masked(gain, valid), ratio.detach()
 
 
 def value_loss(
@@ -143,11 +140,11 @@ def value_loss(
 ) -> Tensor:
     """Half the mean squared error in units of `scale`, the worse of clipped and free if `clip`."""
     value, old, target = (ac.masked(values, valid) for values in (value, old, target))
-    error = ((value - target) / scale).square()
+    error = (value - target).square()
     if clip:
         near = old + (value - old).clamp(-clip * scale, clip * scale)
-        error = torch.maximum(error, ((near - target) / scale).square())
-    return 0.5 * ac.mean(error, valid)
+        error = torch.maximum(error, (near - target).square())
+    return 0.5 / scale**2 * ac.mean_of_masked(error, valid)
 
 
 class PPO:
@@ -201,8 +198,8 @@ class PPO:
         begun = self.updates
         for _ in range(config.epochs):
             order = torch.randperm(pieces, generator=self.generator).to(self.device)
-            for index in order.split(size):
-                chosen = [column[:, index] for column in columns]
+            shuffled = [column[:, order].split(size, 1) for column in columns]
+            for index, *chosen in zip(order.split(size), *shuffled, strict=True):
                 skipped = metrics.get("loss/skipped", 0.0)
                 metrics = self._step(inputs[index], *chosen, store.limiter.inserted)
                 metrics["loss/skipped"] = metrics["loss/skipped"].clamp(min=skipped)  # of any step
@@ -230,7 +227,7 @@ class PPO:
         if config.normalize_advantage:
             advantage = ac.normalize(advantage, valid)
         clip_ratio = value_at(config.clip_ratio, env_steps)
-        policy, kl, clipped = ppo_loss(
+        policy, ratio = ppo_loss(
             log_prob(outputs, action), behaviour, advantage, valid, clip_ratio
         )
         value = value_loss(
@@ -244,8 +241,8 @@ class PPO:
             "loss/policy": policy.detach(),
             "loss/value": value.detach(),
             "loss/entropy": spread.detach(),
-            "loss/kl": kl,
-            "loss/clipped": clipped,
+            "loss/kl": ac.divergence(ratio, valid),
+            "loss/clipped": ac.clipped_share(ratio, valid, clip_ratio),
         }
 
     def state_dict(self) -> dict:
