@@ -1,12 +1,18 @@
-"""The parent by itself: what it does when the system gives it nothing."""
+"""The parent by itself: when the system gives it nothing, and as the first of all processes."""
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import time
 from types import SimpleNamespace
 
+import psutil
+import pytest
+
 from asyncrl.children import Child
 from asyncrl.supervisor import MAX_BACK_OFF_SECONDS, Supervisor
+from tests.runs import REPOSITORY
 
 
 def test_a_process_that_cannot_be_started_is_tried_again_and_the_others_go_on():
@@ -35,3 +41,25 @@ def test_a_process_that_cannot_be_started_is_tried_again_and_the_others_go_on():
     supervisor.children[1].restart_at = time.monotonic()
     supervisor._start_the_due()
     assert started[2:] == ["actor 0"]
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-rpf", "true"], capture_output=True).returncode != 0,
+    reason="needs the right to make a process namespace",
+)
+@pytest.mark.parametrize("number, expected", [(signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)])
+def test_process_1_of_a_container_ends_as_any_other(start, tmp_path, number, expected):
+    """The kernel spares process 1 every signal that it has no handler for."""
+    run = start(
+        "run", REPOSITORY / "tests" / "launch_files" / "recorder.py",
+        prefix=("unshare", "-rpf", "--mount-proc"),
+        environment={"RECORD": str(tmp_path / "record.bin")},
+    )  # fmt: skip
+    run.wait_until(lambda: run.count("checkpoint", "saved"))
+    run.children()
+    (first,) = psutil.Process(run.process.pid).children()
+    first.send_signal(number)
+    status, output = run.finish()
+    assert status == expected, output
+    assert run.count("end") == (number == signal.SIGTERM)
+    assert not run.orphans()
