@@ -10,7 +10,6 @@ replay of 1,000,000 frames filled with noise by Replay.insert, and some updates 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import os
@@ -21,8 +20,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-from measure import REPOSITORY, Program, Report, arguments, like_a_run, memory, train
+from full_replay import FullReplay
+from measure import Program, Report, arguments, like_a_run, memory, train
 
 FULL_REPLAY = "--full-replay"  # how this script calls itself
 
@@ -48,68 +47,19 @@ def startup(runs: Path, launch: str, often: bool) -> float:
 
 def full_replay(folder: Path, launch: str, updates: int) -> dict:
     """Make a learner as a run does, fill its replay; bytes of memory at several moments."""
-    import torch
-
-    from asyncrl.actor import context_fields
-    from asyncrl.config import resolve
-    from asyncrl.costs import wire
-    from asyncrl.learner import Learner
-    from asyncrl.policies import as_mixture
-    from asyncrl.transport.ring import Ring
-    from asyncrl.transport.shared_memory import Segment
-    from asyncrl.transport.weights import WeightsBuffer, WeightsWriter, weights_fields
-
-    config = resolve(REPOSITORY / launch, [])
-    torch.set_num_threads(config.learner.num_threads or os.cpu_count() or 1)
-    torch.set_flush_denormal(True)
-    spec, model = wire(config)
-    lanes, slots = config.actor.num_lanes, config.actor.slots_per_lane
-    segments = [Segment.create("lane", Ring.nbytes(spec, slots)) for _ in range(lanes)]
-    names = as_mixture(config.policy).names
-    fields = weights_fields(model.state_dict(), context_fields(len(names)))
-    weights = Segment.create("weights", WeightsBuffer.nbytes(fields))
-    learner = Learner(
-        # Saving the replay would write the noise to the disk, and no more to memory.
-        dataclasses.replace(config.learner, save_replay=False),
-        config.actor,
-        config.algorithm.build(model, config.learner.resolved_device()),
-        model,
-        spec,
-        [Ring(segment.buffer, spec, slots) for segment in segments],
-        WeightsWriter(WeightsBuffer(weights.buffer, fields)),
-        names,
-        folder,
-        config.seed,
-        config.total_env_steps,
-    )
+    # Saving the replay would write the noise to the disk, and no more to memory.
+    full = FullReplay(folder, launch, save_replay=False)
+    learner, found = full.learner, {"before": memory(os.getpid())}
     learner.start(resume=False)
-    found = {"before": memory(os.getpid())}
-    store, rng, unrolls = learner.store, np.random.default_rng(0), []
-    for _ in range(2):
-        raw = rng.integers(256, size=spec.layout.nbytes, dtype=np.uint8)
-        unroll = spec.layout.views(raw)
-        for flag in (unroll.first, unroll.terminated, unroll.truncated):
-            flag[...] = False
-        unroll.valid[...] = True
-        unroll.reward[...] = 0
-        unroll.action[...] = 0
-        unroll.header.generation[...] = 0
-        unrolls.append(unroll)
     begun = time.monotonic()
-    for sequence in itertools.count():
-        if store.limiter.inserted >= 1.02 * store.capacity:
-            break
-        for lane in range(lanes):
-            unroll = unrolls[(sequence + lane) % len(unrolls)]
-            unroll.header.sequence[...] = sequence
-            store.insert(lane, unroll)
+    full.fill()
     found["full"] = memory(os.getpid())
     found["fill_seconds"] = time.monotonic() - begun
     for _ in range(updates):
-        learner.algorithm.update(store)
+        learner.algorithm.update(learner.store)
     learner.publish()
     found["learning"] = memory(os.getpid())
-    found["frames"], found["device"] = store.capacity, str(store.device)
+    found["frames"], found["device"] = learner.store.capacity, str(learner.store.device)
     return found
 
 
