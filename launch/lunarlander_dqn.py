@@ -1,0 +1,47 @@
+"""LunarLander-v3 with DQN: double, dueling, prioritised replay.
+
+    ./run_main.sh lander_dqn launch/lunarlander_dqn.py
+
+Hardware: 2 cores, no GPU.
+Score: no run of the full length was made yet.
+"""
+
+from asyncrl import (
+    ActorConfig,
+    Config,
+    DQNConfig,
+    EnvConfig,
+    EpsilonGreedy,
+    EvaluationConfig,
+    Linear,
+    ModelConfig,
+    ReplayConfig,
+    main,
+)
+
+config = Config(
+    env=EnvConfig("LunarLander-v3"),
+    model=ModelConfig(hidden=(256, 256), dueling=True),
+    policy=EpsilonGreedy(Linear(1.0, 0.02, 50_000)),
+    algorithm=DQNConfig(
+        n_step=3,
+        learning_rate=Linear(5e-4, 0.0, 300_000),
+        batch_size=64,
+        target_period=1,
+        polyak=0.005,
+        reward_clip=0,
+        replay=ReplayConfig(
+            capacity=100_000,
+            samples_per_insert=16,
+            learning_starts=5_000,
+            priority_exponent=0.6,
+            importance_exponent=Linear(0.4, 1.0, 300_000),
+        ),
+    ),
+    actor=ActorConfig(lanes_per_actor=1, envs_per_lane=8, unroll_length=8),
+    evaluation=EvaluationConfig(period_steps=50_000, num_episodes=20, epsilon=0.0),
+    total_env_steps=300_000,
+)
+
+if __name__ == "__main__":
+    main(__file__)
