@@ -31,7 +31,7 @@ from asyncrl.transport.weights import WeightsBuffer
 from asyncrl.types import Spec, fields_from_json
 
 STOP_SECONDS = 20.0  # for a checkpoint, after the first signal
-START_SECONDS, ACTOR_SECONDS, LEARNER_SECONDS = 120.0, 10.0, 300.0  # without a heartbeat
+START_SECONDS, ACTOR_SECONDS, LEARNER_SECONDS = 120.0, 9.0, 300.0  # silence; looked at each second
 MAX_RESTARTS, RESTART_WINDOW_SECONDS = 5, 600.0
 BACK_OFF_SECONDS, MAX_BACK_OFF_SECONDS = 0.5, 30.0
 PROVEN_UNROLLS = 10  # of each lane: an actor that has made them does not fail at its start
@@ -316,14 +316,13 @@ class Supervisor:
     def _look_at_hearts(self) -> None:
         """Kill what is alive but stuck; whoever is merely blocked keeps beating."""
         for child in self.children:
-            if child.process is None:
-                continue
-            silent = child.stuck_for(*self._last_beat(child), START_SECONDS)
+            silent = child.process and child.stuck_for(*self._last_beat(child), START_SECONDS)
             if not silent:
                 continue
             self.events.event("stuck", f"{child.name} is stuck: no heartbeat for {silent:.0f} s",
                               pid=child.process.pid)  # fmt: skip
-            child.process.send_signal(signal.SIGABRT)  # faulthandler writes the stacks
+            for number in (signal.SIGABRT, signal.SIGCONT):  # faulthandler writes the stacks
+                child.process.send_signal(number)
             child.process.wait(1.0)
             child.process.kill()
 

@@ -9,6 +9,7 @@ import time
 import psutil
 
 from asyncrl.children import usage
+from asyncrl.supervisor import ACTOR_SECONDS
 from tests.faults.lab import Lab, Memory, Outcome, expect, kill
 from tests.runs import Run
 from tests.test_road import check_lane, read_records
@@ -82,8 +83,8 @@ def fault_03(lab: Lab) -> Outcome:
 
 def fault_04(lab: Lab) -> Outcome:
     """Environments that hang: a stopped actor, and an endless loop in a step."""
-    limit = 2.0 if lab.quick else 10.0
-    outcome = Outcome(bound_seconds=10.0 + 1.0 + 3.0)  # noticed, dumped, replaced
+    limit = 2.0 if lab.quick else ACTOR_SECONDS
+    outcome = Outcome(bound_seconds=10.0 + 3.0)  # noticed, replaced
     once = {"kind": "spin", "actor": 0, "step": 3_000, "once": str(lab.folder / "once")}
     run = lab.start(fault=once, constants={"ACTOR_SECONDS": limit})
     memory = lab.until_learning(run)
