@@ -164,7 +164,7 @@ def fault_18(lab: Lab) -> Outcome:
 def fault_22(lab: Lab) -> Outcome:
     """A second process on one folder; then a holder that was killed."""
     run = lab.running()
-    lab.until_learning(run)
+    lab.until_learning(run, checkpoints=1)
     second = lab.start()
     status, output = second.finish(60 * lab.patience)
     expect(status == 2, f"expected exit status 2, got {status}: {output}")
