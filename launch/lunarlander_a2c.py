@@ -2,8 +2,9 @@
 
     ./run_main.sh lander_a2c launch/lunarlander_a2c.py
 
-Hardware: 2 cores, no GPU.
-Score: no run of the full length was made yet.
+Hardware: 2 cores, no GPU; 5 minutes beside another run.
+Score: 101.3 for one seed, the default; 100 greedy games with the last checkpoint. With normalised
+returns it falls back to -80 to -140 after a peak near 350,000 env steps.
 """
 
 from asyncrl import (
@@ -19,7 +20,7 @@ from asyncrl import (
 
 config = Config(
     env=EnvConfig("LunarLander-v3"),
-    model=ModelConfig(hidden=(64, 64), activation="tanh", shared=False, normalize_returns=True),
+    model=ModelConfig(hidden=(64, 64), activation="tanh", shared=False),
     algorithm=A2CConfig(
         gamma=0.995,
         lambda_=0.95,
