@@ -31,6 +31,7 @@ class Table(nn.Module):
         super().__init__()
         self.table = nn.Parameter(torch.zeros(num_states, num_actions))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
 
     def initial_state(self, num_envs: int) -> dict:
         return {}
@@ -162,6 +163,7 @@ def test_polyak_moves_the_target_net_a_share_each_time():
         dqn.update(store)
         want = 0.75 * before + 0.25 * dqn.model.table.detach()
         torch.testing.assert_close(dqn.target.table, want)
+        assert torch.equal(dqn.target.mask, dqn.model.mask)  # a share of infinity would be NaN
 
 
 def test_the_learning_rate_follows_its_schedule_over_env_steps():

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from asyncrl.algorithms import value_distributions as vd
 from asyncrl.algorithms.dqn_config import DQNConfig, is_recurrent
@@ -62,6 +63,7 @@ class DQN:
         self.config, self.device = config, device
         self.model = model.to(device)
         self.target = deepcopy(self.model).requires_grad_(False)
+        self.average = get_ema_multi_avg_fn(1 - config.polyak)
         self.descend = GradientStep(
             self.model, config.learning_rate, config.max_grad_norm, config.adam_eps
         )
@@ -205,14 +207,12 @@ class DQN:
         moved = tree_map(lambda part: part.to(self.device, non_blocking=True), rest)
         return moved._replace(index=sample.index)
 
+    @torch.no_grad()
     def _move_target(self) -> None:
-        with torch.no_grad():
-            targets, online = self.target.state_dict(), self.model.state_dict()
-            for name, tensor in targets.items():
-                if tensor.is_floating_point():
-                    tensor.lerp_(online[name], self.config.polyak)
-                else:
-                    tensor.copy_(online[name])
+        """Parameters go the share `polyak` of the way to the online net's; buffers are copied."""
+        self.average(list(self.target.parameters()), self.descend.parameters, None)
+        for buffer, online in zip(self.target.buffers(), self.model.buffers(), strict=True):
+            buffer.copy_(online)
 
     def state_dict(self) -> dict:
         """Nested dict of tensors and numbers."""
