@@ -103,9 +103,28 @@ image_name() {
   echo "asyncrl:${digest:0:12}"
 }
 
+# What this host calls the folder that a launch file of this content came from, the last one if
+# there are several. The container knows it as /launch, so it is noted here, beside the digest of
+# the file: a start with another file that is then refused changes nothing.
+noted_folder() {
+  local line folder=''
+  [[ -f $folders ]] || return 0
+  while IFS= read -r line; do
+    if [[ $line == "$1 "* ]]; then folder=${line#* }; fi
+  done <"$folders"
+  echo "$folder"
+}
+
+# For docker's --mount, which reads a line of CSV: within quotes a path may hold commas and quotes.
+mounted() {
+  echo "type=bind,\"source=${1//\"/\"\"}\",target=$2"
+}
+
 run_docker() {
   local image container=asyncrl-$run_id
-  local -a terminal=() gpus=()
+  local run_folder=$ASYNCRL_RUNS/$run_id folders=$ASYNCRL_RUNS/$run_id/launch_folders
+  local launch_folder inside digest noted revision
+  local -a terminal=() gpus=() git=()
 
   case $(docker container inspect --format '{{.State.Running}}' "$container" 2>/dev/null) in
     true)
@@ -123,22 +142,46 @@ run_docker() {
   fi
 
   # Made here, or docker would make it, and it would belong to root.
-  mkdir -p -- "$ASYNCRL_RUNS/$run_id"
+  mkdir -p -- "$run_folder"
+
+  # What the launch file imports may lie beside it. A resumed run reads its own copy of the file,
+  # and finds the rest where it was when the run began.
+  launch_folder=$(dirname -- "$launch_file")
+  inside=/launch/$(basename -- "$launch_file")
+  digest=$(sha256sum <"$launch_file")
+  digest=${digest%% *}
+  noted=$(noted_folder "$digest")
+  if [[ $launch_file -ef $run_folder/launch.py ]]; then
+    inside=/runs/$run_id/launch.py
+    if [[ -d $noted ]]; then
+      launch_folder=$noted
+    elif [[ $noted ]]; then
+      echo "run $run_id: $noted, where its launch file was, is gone, with all that lay there" >&2
+    fi
+  elif [[ $noted != "$launch_folder" ]]; then
+    # Should it fail, asyncrl says what is wrong with the folder.
+    echo "$digest $launch_folder" 2>/dev/null >>"$folders" || true
+  fi
+
+  # The image has neither git nor the history.
+  revision=$(timeout --kill-after=1 5 git -C "$repo" describe --always --dirty 2>/dev/null) || true
+  [[ ! $revision ]] || git=(--env "ASYNCRL_GIT=$revision")
+
   [[ -t 0 && -t 1 ]] && terminal=(--interactive --tty)
   if [[ $(docker_runtimes) == *'"nvidia"'* ]]; then
     gpus=(--gpus all)
   else
     echo "run $run_id: docker has no nvidia runtime, so the container gets no GPU" >&2
   fi
-  echo "run $run_id: with the image $image, in $ASYNCRL_RUNS/$run_id" >&2
+  echo "run $run_id: with the image $image, in $run_folder" >&2
 
   # exec: docker passes signals on to the container, and the exit status back. A trap here that did
   # the same would make two signals of one, and the second means "stop now, save nothing".
   exec docker run --rm --init "${gpus[@]}" --stop-timeout 60 --name "$container" \
-    "${terminal[@]}" --user "$(id -u):$(id -g)" \
-    --mount "type=bind,source=$ASYNCRL_RUNS/$run_id,target=/runs/$run_id" \
-    --mount "type=bind,source=$(dirname -- "$launch_file"),target=/launch,readonly" \
-    "$image" train "/launch/$(basename -- "$launch_file")" "$run_id" "$@"
+    "${terminal[@]}" --user "$(id -u):$(id -g)" "${git[@]}" \
+    --mount "$(mounted "$run_folder" "/runs/$run_id")" \
+    --mount "$(mounted "$launch_folder" /launch,readonly)" \
+    "$image" train "$inside" "$run_id" "$@"
 }
 
 if (($# == 0)); then

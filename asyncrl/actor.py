@@ -18,6 +18,7 @@ from torch import nn
 
 from asyncrl.env_group import EnvGroup
 from asyncrl.envs import seed_for
+from asyncrl.models.layers import noisy_layers
 from asyncrl.models.precision import Precision, computes_in_bfloat16
 from asyncrl.policies import Context, Mixture, unroll_rng
 from asyncrl.transport.ring import Ring, UnrollWriter, Word
@@ -116,6 +117,7 @@ class Actor:
         self.device = torch.device(config.device)
         self.model = model.to(self.device).eval()
         self.bfloat16 = computes_in_bfloat16(config.precision, self.device)
+        self.noisy = noisy_layers(self.model)
         self.policy, self.seed, self.generation = policy, seed, generation
         self.lanes = [LaneState(lane, ring, make_envs) for lane, ring in rings.items()]
         self.words = [lane.ring.words for lane in self.lanes]
@@ -147,6 +149,7 @@ class Actor:
                 )
                 self._spend(Word.TIME_ENV)
         unrolls = [self._begin(lane) for lane in lanes]
+        self._redraw(lanes[0])
         T = self.config.unroll_length
         for t in range(T):
             for lane, unroll in zip(lanes, unrolls, strict=True):
@@ -198,6 +201,14 @@ class Actor:
         where = lane.index, self.config.num_lanes
         lane.context = Context(self.env_steps, *where, self.recent_lengths)
         return unroll
+
+    def _redraw(self, lane: LaneState) -> None:
+        """Noise of one's own for noisy layers, in place of the learner's that came with them."""
+        if self.noisy:
+            seed = int(lane.rng.integers(2**63))
+            generator = torch.Generator(self.device).manual_seed(seed)
+            for layer in self.noisy:
+                layer.redraw(generator)
 
     def _observe(self, lane: LaneState, unroll: Unroll, t: int) -> None:
         tree_map(lambda slot, part: slot[t].__setitem__(..., part), unroll.obs, lane.obs)

@@ -25,7 +25,7 @@ from asyncrl.costs import (
     wire,
 )
 from asyncrl.limits import usable_cores
-from asyncrl.plan import EXIT_REFUSED, prepare
+from asyncrl.plan import in_words, prepare
 
 
 @dataclass(frozen=True)
@@ -140,14 +140,7 @@ def main(launch_file: Path, options: list[str]) -> int:
     if any(name not in os.environ for name in CHILD_ENVIRONMENT):  # read before Python starts
         command = [sys.executable, "-m", "asyncrl.bench", str(launch_file), *options]
         os.execve(sys.executable, command, CHILD_ENVIRONMENT | os.environ)
-    from asyncrl.config import ConfigError
-
-    try:
-        bench(launch_file, options)
-    except (ConfigError, ValueError) as error:
-        print(f"asyncrl: {error}", file=sys.stderr)
-        return EXIT_REFUSED
-    return 0
+    return in_words(launch_file, lambda: bench(launch_file, options))
 
 
 if __name__ == "__main__":

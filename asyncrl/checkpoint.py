@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from asyncrl.disk import (
     make_folder,
     open_checked,
     read_checked,
+    remove,
     write_atomically,
     write_file,
 )
@@ -65,7 +65,8 @@ class Checkpoints:
     """The checkpoints of one run: the `keep` newest valid ones, and one called best.
 
     One process writes, others may read meanwhile. `rejected` lists (path, reason in words) for the
-    event log; what is in `protect` (numbers) is never pruned.
+    event log, `leftovers` says what the newest save could not remove, and why; what is in `protect`
+    (numbers) is never pruned.
     """
 
     def __init__(self, folder: str | Path, keep: int = 3):
@@ -75,6 +76,7 @@ class Checkpoints:
         self.keep = keep
         self.protect: set[int] = set()
         self.rejected: list[tuple[Path, str]] = []
+        self.leftovers: list[str] = []
         self._verdicts: dict[int, bool] = {}  # number -> valid, as written or found by this object
 
     def save(
@@ -108,7 +110,7 @@ class Checkpoints:
             manifest["sha256"] = _self_sum(manifest)
             write_file(temporary / MANIFEST, [json.dumps(manifest, indent=1).encode()])
             fsync_folder(temporary)
-            if final.exists():
+            if os.path.lexists(final):
                 # No folder can be renamed over another. A crash between the two renames leaves the
                 # old one whole under its hidden name, where readers look and _sweep restores it.
                 os.rename(final, old)
@@ -127,8 +129,8 @@ class Checkpoints:
             if not best:
                 self._verdicts[number] = True
                 self._prune()
-        except OSError as error:  # the new one is safe; leftovers go with the next save
-            self.rejected.append((self.folder, f"old checkpoints could not be removed: {error}"))
+        except OSError as error:  # the new one is safe
+            self.leftovers.append(f"old ones could not be removed: {error}")
         return final
 
     def newest_valid(self) -> Loaded | None:
@@ -156,12 +158,15 @@ class Checkpoints:
 
     def listed_segments(self, newest: int | None = None) -> set[str]:
         """Names of the segment files that the newest checkpoints list (None: all of them), for
-        `delete_unlisted`. An older one that has lost its segments is used without its replay."""
-        listed = set()
-        for _, path in sorted(self._folders().items(), reverse=True)[:newest]:
-            with contextlib.suppress(CheckpointError):  # an unreadable one will never be loaded
-                listed |= {segment["file"] for segment in _read_manifest(path)["segments"]}
-        return listed
+        `delete_unlisted`. An older one that has lost its segments is used without its replay; those
+        known to be invalid, which are never loaded, do not count."""
+        listed: list[set[str]] = []
+        for number, path in sorted(self._folders().items(), reverse=True):
+            if self._verdicts.get(number, True) and len(listed) != newest:
+                with contextlib.suppress(CheckpointError):
+                    manifest = _read_manifest(path)
+                    listed.append({segment["file"] for segment in manifest["segments"]})
+        return set().union(*listed)
 
     def clean(self, best: bool = False) -> None:
         """Call at start: make the folder, remove what a crashed writer left, try a write.
@@ -212,12 +217,11 @@ class Checkpoints:
                     self._try(path, number)
                 num_valid += self._verdicts[number]
             elif number not in self.protect:
-                # Hidden first: a crash halfway leaves rubbish to sweep, not a broken checkpoint.
-                os.rename(path, gone := _hidden(path, "tmp"))
-                shutil.rmtree(gone)
+                self._remove(path)
 
     def _sweep(self, best: bool) -> None:
         """Leftovers of one kind: the best one may have another writer than the others."""
+        self.leftovers.clear()
         for hidden in filter(None, map(_HIDDEN.fullmatch, os.listdir(self.folder))):
             if (hidden[1] == BEST) != best:
                 continue
@@ -225,7 +229,18 @@ class Checkpoints:
             if hidden[2] == "old" and not visible.exists():
                 os.rename(path, visible)
             else:
-                shutil.rmtree(path)
+                self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        """What cannot be removed is in no other one's way, and is tried again at the next save."""
+        try:
+            if not _HIDDEN.fullmatch(path.name):
+                # Hidden first: a crash halfway leaves rubbish to sweep, not a broken checkpoint.
+                os.rename(path, gone := _hidden(path, "tmp"))
+                path = gone
+            remove(path)
+        except OSError as error:
+            self.leftovers.append(f"{path.name} could not be removed: {error}")
 
 
 def _load(path: Path) -> Loaded:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import psutil
 
+from asyncrl.plan import Plan
+
 PAGE_NBYTES = os.sysconf("SC_PAGE_SIZE")
 # glibc gives large blocks back to the system and fetches them again at every update; told not to,
 # a training step on a CPU takes about half the time.
@@ -76,6 +78,7 @@ class Child:
     deaths: list[float] = field(default_factory=list)  # since it last did its work
     work_at_start: int = 0
     restart_at: float | None = None
+    refused: int = 0  # starts in a row that the system did not allow
     last_beat: float = 0.0
     cpu_seconds_at_beat: float = 0.0
     gone: bool = False  # given up, or ended as it should
@@ -114,6 +117,24 @@ class Child:
                 if (task / "stat").read_text().rpartition(")")[2].split()[0] == "R":
                     return True
         return False
+
+
+def children_of(plan: Plan) -> list[Child]:
+    """All processes that a run has, none of them started."""
+    roles = [("serial", 0)]
+    if plan.schedule != "serial":
+        roles = [("learner", 0), *(("actor", i) for i in range(plan.num_actors))]
+    if plan.evaluates:
+        roles.append(("evaluator", 0))
+    return [Child(role, index) for role, index in roles]
+
+
+def last_words(log: Path) -> str:
+    """The end of what a child has written; of a log of any size, only that is read."""
+    with contextlib.suppress(OSError), open(log, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 24_000))
+        return file.read(24_000).decode(errors="replace")[-6000:].strip()
+    return ""
 
 
 class Usage(NamedTuple):

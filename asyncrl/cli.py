@@ -96,6 +96,10 @@ def _parser() -> argparse.ArgumentParser:
         "several runs plot.png here)",
     )  # fmt: skip
     plot.add_argument("--by", choices=["policy"], help="a curve for each policy of the mix")
+    words = "only episodes of this policy of the mix"
+    plot.add_argument("--policy", metavar="NAME", help=words)
+    words = "episodes are lives, of which a game has N: draw N x their return"
+    plot.add_argument("--lives", type=_positive, default=1, metavar="N", help=words)
     plot.add_argument("--group", action="store_true", help="one band for runs that differ by seed")
 
     watch = command(
@@ -158,7 +162,7 @@ def runs_folder() -> Path:
 def find_run(name: str) -> Path:
     """A run by id or by path."""
     for folder in (runs_folder() / name, Path(name)):
-        if (folder / "config.json").is_file():
+        if os.path.isfile(folder / "config.json"):  # a name may be too long even to look
             return folder
     known = sorted(path.parent.name for path in runs_folder().glob("*/config.json"))
     refuse(
@@ -170,6 +174,14 @@ def find_run(name: str) -> Path:
 def refuse(message: str):
     print(f"asyncrl: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _check_run_id(run_id: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", run_id):
+        refuse(
+            "expected a run id of at most 200 letters, digits, '_', '-' and '.', got "
+            f"{run_id!r:.99}; it becomes the name of a folder"
+        )
 
 
 def _train(options, rest: list[str]) -> int:
@@ -185,11 +197,7 @@ def _train(options, rest: list[str]) -> int:
     from asyncrl.panel import Panel
     from asyncrl.supervisor import train
 
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", options.run_id):
-        refuse(
-            f"expected a run id of letters, digits, '_', '-' and '.', got {options.run_id!r}; "
-            "it becomes the name of a folder"
-        )
+    _check_run_id(options.run_id)
     return train(options.launch_file, options.run_id, rest, runs_folder(), Panel)
 
 
@@ -202,6 +210,7 @@ def _eval(options, rest: list[str]) -> int:
     from asyncrl.disk import CheckpointError
     from asyncrl.env_group import EnvDataError
     from asyncrl.envs import make_envs
+    from asyncrl.folder import Refused
 
     num_envs = 1 if options.render_mode else min(options.envs, options.episodes)
     num_games = num_envs * -(-options.episodes // num_envs)
@@ -226,7 +235,7 @@ def _eval(options, rest: list[str]) -> int:
         model = config.model(envs.observation_space, envs.action_space)
         evaluate.load_weights(model, weights)
         model.to(_device(options.device)).eval().requires_grad_(False)
-    except (CheckpointError, ConfigError, EnvDataError, ImportError, ValueError) as error:
+    except (CheckpointError, ConfigError, EnvDataError, ImportError, Refused, ValueError) as error:
         refuse(str(error))
     for refused in weights.refused:
         print(f"asyncrl: {refused}", file=sys.stderr)
@@ -267,12 +276,14 @@ def _eval(options, rest: list[str]) -> int:
 
 def _config_of(folder: Path):
     """The configuration of a run, from its own copy of the launch file."""
-    import json
-
     from asyncrl.config import resolve
+    from asyncrl.folder import stored_launch
 
-    launch = json.loads((folder / "launch.json").read_text())
-    return resolve(folder / "launch.py", launch["options"], Path(launch["file"]))
+    file, options = stored_launch(folder)
+    copy = folder / "launch.py"
+    if not copy.is_file():
+        refuse(f"expected {copy}, the run's own launch file, which is not there; put it back")
+    return resolve(copy, options, file)
 
 
 def _device(name: str):
@@ -311,7 +322,8 @@ def _plot(options, rest: list[str]) -> int:
     try:
         from asyncrl.plots import plot
 
-        print(plot(folders, options.output, options.by, group=options.group))
+        drawn = options.output, options.by, options.group, options.policy, options.lives
+        print(plot(folders, *drawn))
     except ImportError as error:
         refuse(f"plot needs pip install -e '.[plot]' in the project's folder ({error})")
     except (OSError, ValueError) as error:
@@ -342,7 +354,7 @@ def _watch(options, rest: list[str]) -> int:
 def _bench(options, rest: list[str]) -> int:
     from asyncrl.bench import main
 
-    if not options.launch_file.is_file():
+    if not os.path.isfile(options.launch_file):
         refuse(
             f"expected a launch file, got {options.launch_file}, which is not there; launch/ holds "
             "examples"
@@ -355,6 +367,8 @@ def _doctor(options, rest: list[str]) -> int:
 
     if rest and options.launch_file is None:
         options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.run_id is not None:
+        _check_run_id(options.run_id)
     return doctor(options.launch_file, options.run_id, rest, runs_folder())
 
 

@@ -11,11 +11,13 @@ import dataclasses
 import difflib
 import sys
 import types
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import typeguard
 import tyro
 
 from asyncrl.actor import ActorConfig
@@ -24,6 +26,8 @@ from asyncrl.env_config import EnvConfig
 from asyncrl.evaluate import EvaluationConfig
 from asyncrl.learner_config import LearnerConfig
 from asyncrl.models import ModelConfig
+
+ALL_ITEMS = typeguard.CollectionCheckStrategy.ALL_ITEMS
 
 
 class ConfigError(Exception):
@@ -53,8 +57,8 @@ class Config:
     def __post_init__(self):
         if self.total_env_steps < 1:
             raise ValueError(f"expected total_env_steps >= 1, got {self.total_env_steps}")
-        if self.seed < 0:
-            raise ValueError(f"expected seed >= 0, got {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"expected a seed from 0 to 2**63 - 1, got {self.seed}")
 
 
 def load_launch_file(path: Path, original: Path | None = None) -> types.ModuleType:
@@ -117,13 +121,41 @@ def resolve(path: Path, options: Sequence[str], original: Path | None = None) ->
     return complete(config)
 
 
+def check_types(part: Any, name: str = "") -> None:
+    """ConfigError for a value in one of asyncrl's own dataclasses that is not of its declared type,
+    or not a number. Options are checked by tyro; this is for what a launch file says."""
+    if isinstance(part, tuple):
+        for i, item in enumerate(part):
+            check_types(item, f"{name}[{i}]")
+    if not dataclasses.is_dataclass(part) or not type(part).__module__.startswith("asyncrl."):
+        return
+    for key, hint in typing.get_type_hints(type(part)).items():
+        value, inner = getattr(part, key), f"{name}.{key}".lstrip(".")
+        try:
+            plain = tuple(value) if isinstance(value, list) else value
+            typeguard.check_type(plain, hint, collection_check_strategy=ALL_ITEMS)
+            right = value == value and not (isinstance(value, bool) and hint in (int, float))
+        except typeguard.TypeCheckError:
+            right = False
+        if not right:
+            kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            raise ConfigError(f"expected {inner} to be {kind}, got {value!r}")
+        check_types(value, inner)
+
+
 def complete(config: Config) -> Config:
     """`config` with everything decided that was left to the parts."""
+    check_types(config)
     model, algorithm = config.model, config.algorithm
     if isinstance(model, ModelConfig) and model.head == "auto":
         model = dataclasses.replace(model, head=algorithm.head)
     policy = algorithm.policy() if config.policy is None else config.policy
     learner = config.learner
+    if hasattr(algorithm, "rollout") and learner.publish_period > 1:
+        raise ConfigError(
+            f"expected learner.publish_period of 0 or 1 with {type(algorithm).__name__}, got "
+            f"{learner.publish_period}: lag is counted in publications, one after each rollout"
+        )
     if learner.publish_period == 0:
         learner = dataclasses.replace(learner, publish_period=algorithm.publish_period)
     return dataclasses.replace(

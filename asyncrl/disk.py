@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -110,6 +111,14 @@ def make_folder(folder: Path) -> None:
     if not folder.is_dir():
         os.makedirs(folder, exist_ok=True)
         fsync_folder(folder.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link itself, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def fsync_folder(folder: Path) -> None:

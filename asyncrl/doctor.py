@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import os
 import platform
 import shutil
@@ -51,13 +51,20 @@ def _checks(
     if launch_file is None:
         yield machine_memory()
         return
-    if not launch_file.is_file():
+    if not os.path.isfile(launch_file):
         words = f"expected a launch file, got {launch_file}, which is not there"
         yield Check("launch file", "refused", (words,), "launch/ holds examples")
         return
     begun = time.monotonic()
     try:
-        plan = folder.prepare_in_child(launch_file.resolve(), launch_file.resolve(), options)
+        if run_id:  # with the options that it has, against the configuration that it has
+            plan = folder.RunFolder(place).prepare(launch_file, options)
+        else:
+            plan = folder.prepare_in_child(launch_file.resolve(), launch_file.resolve(), options)
+    except folder.Refused as error:
+        words, remedy = (error.args[:-1], error.args[-1]) if error.args[1:] else (error.args, "")
+        yield Check("run folder", "refused", words, remedy)
+        return
     except SystemExit:
         words = f"expected {launch_file} to be usable; what it said stands above or on stderr"
         yield Check("launch file", "refused", (words,), "mend it, or the options given here")
@@ -152,7 +159,8 @@ def disk_speed(place: Path, nbytes: int = 8 << 20) -> Check:
     except OSError as error:
         return Check("disk speed", "warning", (f"not measured: {error}",))
     finally:
-        probe.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            probe.unlink()
     rate = nbytes / (time.monotonic() - begun)
     free = shutil.disk_usage(place).free
     words = f"{rate / 1e6:.0f} MB/s written and synced, {free / 1e9:.1f} GB free"
@@ -165,18 +173,17 @@ def disk_speed(place: Path, nbytes: int = 8 << 20) -> Check:
 def lock(place: Path) -> Check:
     """Whether the run's folder is free."""
     try:
-        with open(place / "lock", "rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = file.read(200).decode(errors="replace").strip()
-                remedy = f"asyncrl watch {place.name} shows it; stop that one or take another id"
-                return Check("run folder", "refused", (f"{place} is held by {holder}",), remedy)
-    except FileNotFoundError:
-        return Check("run folder", "ok", (f"{place} is new",))
+        name = folder.holder(place)
     except OSError as error:
-        return Check("run folder", "refused", (f"expected to read {place}, got {error}",))
-    return Check("run folder", "ok", (f"{place} is there and free: a start resumes it",))
+        remedy = "give permission, or choose another run id"
+        return Check("run folder", "refused", (f"expected to read {place}, got {error}",), remedy)
+    if name is not None:
+        remedy = f"asyncrl watch {place.name} shows it; stop that one or take another id"
+        return Check("run folder", "refused", (f"{place} is held by {name}",), remedy)
+    if not folder.has_begun(place):
+        return Check("run folder", "ok", (f"{place} is new",))
+    words = f"{place} is there and free: a start with its configuration resumes it"
+    return Check("run folder", "ok", (words,))
 
 
 def machine_memory() -> Check:

@@ -3,7 +3,8 @@
 Environments run with Gymnasium's NEXT_STEP autoreset: an env that ended at row t shows its true
 final observation as obs[t+1]; on row t+1 it ignores the action, resets, and the row is not valid. A
 lost life under the protocol "classic" ends the return (`terminated`) but not the game: no reset
-step follows.
+step follows. An environment whose episodes are parts of a game, such as lives, says in
+`info["game_goes_on"]` at the end of one that the next reset goes on with the same game.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Step(NamedTuple):
     truncated: np.ndarray  # bool
     valid: np.ndarray  # bool: False exactly at a reset step
     game_over: np.ndarray  # bool: the episode ended, lives and all; row t+1 is a reset step
-    episode_return: np.ndarray  # float32: of the whole game that ended here, else 0
+    goes_on: np.ndarray  # bool: it did, but it was part of a game that the next one goes on with
+    episode_return: np.ndarray  # float32: of the episode, lives and all, that ended here, else 0
     episode_length: np.ndarray  # int32: its env steps, else 0
 
 
@@ -111,6 +113,7 @@ class EnvGroup:
     def recv(self, timeout_seconds: float | None = None) -> Step:
         """Finish the step. Only of AsyncVectorEnv can one tire after `timeout_seconds`."""
         obs, reward, terminated, truncated, info = self._finish(timeout_seconds)
+        goes_on = np.array(info.get("game_goes_on", False), bool)
         if self._cut.any():  # these took one step too many: forget it, reset them now
             obs, new_info = self._reset(options={"reset_mask": self._cut.copy()})
             info, going_on = info | new_info, ~self._cut
@@ -143,6 +146,7 @@ class EnvGroup:
             truncated=truncated,
             valid=~reset_step,
             game_over=game_over,
+            goes_on=game_over & goes_on & ~self._cut,
             episode_return=np.where(game_over, self._return, 0).astype(np.float32),
             episode_length=np.where(game_over, self._length, 0),
         )

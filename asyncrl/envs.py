@@ -16,6 +16,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from asyncrl.env_config import EnvConfig
 from asyncrl.env_group import EnvDied, EnvGroup, close_env
+from asyncrl.limits import usable_cores
 
 
 def seed_for(seed: int, lane: int, generation: int) -> int:
@@ -49,7 +50,7 @@ def _make_vector_env(config: EnvConfig, num_envs: int) -> VectorEnv:
     kwargs = config.kwargs | config.atari
     if config.vectorization == "native":
         if config.is_ale:
-            kwargs["num_threads"] = config.num_threads
+            kwargs["num_threads"] = config.num_threads or min(num_envs, usable_cores())
         return gym.make_vec(config.id, num_envs, "vector_entry_point", **kwargs)
     how: dict[str, Any] = {"autoreset_mode": AutoresetMode.NEXT_STEP}
     wrappers = []

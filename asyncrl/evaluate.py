@@ -80,7 +80,7 @@ def play_games(
 
     Actions are the best, or the likeliest, and random with probability `epsilon`: vectors of
     discrete actions as a whole, Box actions never. Models keep their memory from step to step, and
-    noisy layers are silenced for good.
+    noisy layers are silenced for good. Episodes that are lives of one game make one `Game`.
     `on_step(step, action)` is called after every step and may return True to give up early. The
     environments begin with `first_seed(seed)`.
     """
@@ -93,7 +93,7 @@ def play_games(
     first, state = np.ones(B, bool), tree_map(lambda x: x.to(device), model.initial_state(B))
     games: list[Game] = []
     played = np.zeros(B, int)
-    life = np.zeros(B)
+    life, score, length = np.zeros(B), np.zeros(B), np.zeros(B, int)
     lives: list[list[float]] = [[] for _ in range(B)]
     while (played < per_env).any():
         with torch.inference_mode():
@@ -106,27 +106,31 @@ def play_games(
         step = envs.recv()
         obs, first = step.obs, step.first
         life += step.reward
-        for env in np.nonzero(step.terminated | step.truncated)[0]:
+        score, length = score + step.episode_return, length + step.episode_length
+        for env in np.nonzero(step.terminated | (step.truncated & ~step.goes_on))[0]:
             lives[env].append(float(life[env]))
             life[env] = 0
-        for env in np.nonzero(step.game_over)[0]:
+        for env in np.nonzero(step.game_over & ~step.goes_on)[0]:
             if played[env] < per_env:
-                score, length = float(step.episode_return[env]), int(step.episode_length[env])
-                games.append(Game(score, length, tuple(lives[env]), bool(step.truncated[env])))
+                result = float(score[env]), int(length[env]), tuple(lives[env])
+                games.append(Game(*result, cut=bool(step.truncated[env])))
             played[env] += 1
-            lives[env] = []
+            score[env], length[env], lives[env] = 0, 0, []
         if on_step(step, action):
             break
     return games
 
 
 def summarise(games: list[Game]) -> dict[str, float]:
-    """Means as metrics: `eval/return`, `eval/life_return`, `eval/length`, `eval/episodes`."""
+    """Means as metrics: `eval/return` of whole games, `eval/life_return` of single lives,
+    `eval/life_score`, which is lives of a game x that, `eval/length`; and `eval/episodes`."""
     if not games:
         return {}
+    per_life = float(np.mean([life for game in games for life in game.lives]))
     return {
         "eval/return": float(np.mean([game.score for game in games])),
-        "eval/life_return": float(np.mean([life for game in games for life in game.lives])),
+        "eval/life_return": per_life,
+        "eval/life_score": max(len(game.lives) for game in games) * per_life,
         "eval/length": float(np.mean([game.length for game in games])),
         "eval/episodes": len(games),
     }
@@ -204,9 +208,10 @@ def table(games: Sequence[Game], env: EnvConfig) -> list[tuple[str, str]]:
          "standard deviation of a game)"),
         ("median", f"{np.median(scores):g}, from {scores.min():g} to {scores.max():g}"),
     ]  # fmt: skip
-    if (env.kwargs | env.atari).get("life_loss_info"):
-        life, lives = summarise(list(games))["eval/life_return"], max(len(g.lives) for g in games)
-        rows.append(("per life", f"{life:.2f}; {lives} x per life = {lives * life:.2f}"))
+    if (lives := max(len(game.lives) for game in games)) > 1:
+        means = summarise(list(games))
+        words = f"{means['eval/life_return']:.2f}; {lives} x per life = "
+        rows.append(("per life", f"{words}{means['eval/life_score']:.2f}"))
     rows.append(("length", f"{lengths.mean():,.0f} env steps, from {lengths.min():,} to "
                  f"{lengths.max():,}; {cut} of {len(games)} games were cut off"))  # fmt: skip
     return [*rows, ("protocol", protocol_words(env))]

@@ -17,11 +17,17 @@ from torch import Tensor, nn
 from asyncrl.env_group import EnvGroup, Step
 from asyncrl.logs import EventLog
 
-MAX_SKIPPED = 10  # updates in a row
+MAX_SKIPPED = 10  # steps of gradient descent in a row
 
 
 class Diverged(RuntimeError):
     """Learning has left the finite numbers; what was saved before has not."""
+
+
+class OutOfMemory(RuntimeError):
+    """The GPU is too small for this run: starting it again would not help."""
+
+    exit_status = 2  # of the learner's process
 
 
 class UpdateGuard:
@@ -32,9 +38,9 @@ class UpdateGuard:
 
     def __init__(self, model: nn.Module, events: EventLog):
         self.model, self.events = model, events
-        self.num_skipped = self.in_a_row = 0
+        self.num_skipped = self.in_a_row = self.whole = 0  # steps, steps, updates
         self._skipped: list[Tensor] = []
-        self._retries = False  # the last update ran out of memory
+        self._parts, self._times_halved = 1, 0
         # A model may hold infinities of its own, in a mask: what is finite must stay so.
         self._finite = [
             name for name, tensor in model.state_dict().items()
@@ -42,41 +48,79 @@ class UpdateGuard:
         ]  # fmt: skip
 
     def update(self, algorithm, store) -> dict[str, Tensor]:
-        """One update; {} where the GPU had no memory for it, and the next one tries again."""
-        try:
-            metrics = algorithm.update(store)
-        except torch.cuda.OutOfMemoryError as error:
-            if self._retries:
-                raise RuntimeError(
-                    "expected an update to fit into the GPU's memory, also at a second try, got: "
-                    f"{error}; lower --algorithm.batch-size or the number of envs, or keep the "
-                    "replay in main memory with --algorithm.replay.device cpu"
-                ) from error
-            words = str(error).splitlines()[0]
-        else:
-            self._retries = False
-            if "loss/skipped" in metrics:
-                self._skipped.append(metrics["loss/skipped"].detach())
+        """One update. Where the GPU has no memory for it, the store gives back what was drawn, and
+        it is made once more in two halves; OutOfMemory where these do not fit either."""
+        metrics, error = self._attempt(algorithm, store)
+        if not error:
             return metrics
+        self._times_halved += 1
+        if self._times_halved < 10 or self._times_halved % 1000 == 0:
+            text = f"update ran out of GPU memory, tried once more in two halves: {error}"
+            self.events.event("memory", text, times=self._times_halved)
+        name = "batch_size" if store.streams else "num_unrolls"
+        whole, sampled = getattr(store, name), store.limiter.sampled
+        try:
+            for half in filter(None, (whole - whole // 2, whole // 2)):
+                setattr(store, name, half)
+                metrics, error = self._attempt(algorithm, store)
+                if error:
+                    raise OutOfMemory(
+                        "expected an update to fit into the GPU's memory, also in two halves, got: "
+                        f"{error}; lower --algorithm.batch-size or the number of envs, or keep the "
+                        "replay in main memory with --algorithm.replay.device cpu"
+                    )
+        finally:
+            setattr(store, name, whole)
+        if store.streams:  # counts each draw as a whole batch
+            store.limiter.sampled = sampled + store.limiter.batch_size
+        return metrics
+
+    def _attempt(self, algorithm, store) -> tuple[dict[str, Tensor], str]:
+        """An update's metrics, or why the GPU had no memory for it: nothing was drawn then."""
+        sampled = store.limiter.sampled
+        unrolls = None if store.streams else store.unrolls.copy()
+        try:
+            metrics = dict(algorithm.update(store))
+        except torch.cuda.OutOfMemoryError as error:
+            words = str(error).partition("\n")[0] or "CUDA out of memory"
+        else:
+            self._look_at(metrics)
+            return metrics, ""
         # Not above, where the traceback still holds the tensors of the failed update.
-        self._retries = True
         torch.cuda.empty_cache()
-        self.events.event("memory", f"update ran out of GPU memory, tried once more: {words}")
-        return {}
+        store.limiter.sampled = sampled
+        if unrolls is not None:
+            store.unrolls = unrolls
+        return {}, words
+
+    def _look_at(self, metrics: dict[str, Tensor]) -> None:
+        if "loss/skipped" in metrics:  # of one step or of several
+            skipped = metrics["loss/skipped"].detach()
+            self._skipped.append(skipped.reshape(-1))
+            metrics["loss/skipped"] = skipped.max() if skipped.ndim else skipped
+        parts = int(metrics.get("loss/parts", 1))
+        if parts > self._parts:
+            self._parts = parts
+            self.events.event("memory", "update ran out of GPU memory: batches are learned from in "
+                              f"{parts} parts from now on")  # fmt: skip
 
     def settle(self) -> None:
-        """Count what was skipped; Diverged after ten in a row."""
+        """Count what was skipped; Diverged after ten steps in a row, of two batches at least."""
         if not self._skipped:
             return
-        most = 0  # in a row
-        for skipped in torch.stack(self._skipped).tolist():
-            self.num_skipped += skipped > 0
-            self.in_a_row = self.in_a_row + 1 if skipped else 0
-            most = max(most, self.in_a_row)
+        flags, worst = iter(torch.cat(self._skipped).tolist()), 0  # steps of gradient descent
+        for update in self._skipped:
+            skipped = [next(flags) > 0 for _ in update]
+            self.num_skipped += sum(skipped)
+            for one in skipped:
+                self.in_a_row = self.in_a_row + 1 if one else 0
+            self.whole = self.whole + 1 if all(skipped) else 0
+            if self.whole > 1:  # one batch, however many steps are made on it, may be bad by chance
+                worst = max(worst, self.in_a_row)
         self._skipped.clear()
-        if most >= MAX_SKIPPED:
+        if worst >= MAX_SKIPPED:
             raise Diverged(
-                f"{most} updates in a row were not finite and changed nothing; going back "
+                f"{worst} updates in a row were not finite and changed nothing; going back "
                 "to the newest checkpoint. If this comes again, lower the learning rate"
             )
 

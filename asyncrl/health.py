@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterable
@@ -10,9 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from asyncrl.folder import holder
 from asyncrl.logs import Event, parse_events
 
-SILENT_SECONDS = 300.0  # as long as a learner may go without a heartbeat
+SILENT_SECONDS = 300.0  # as long as a learner may go without a heartbeat; three rows, if longer
 
 
 class Health(NamedTuple):
@@ -37,15 +39,21 @@ class Life:
                 self.checkpoint = event
 
 
-def health(row: dict, life: Life, now: float) -> Health:
-    """How a run is by its last row of metrics and its events, at a time in unix seconds."""
+def health(
+    row: dict, life: Life, now: float, held: bool = True, log_seconds: float = 0.0
+) -> Health:
+    """How a run is by its last row of metrics and its events, at a time in unix seconds; `held`:
+    whether a process has it locked, `log_seconds`: between two rows."""
     if life.phase and life.phase.kind == "end":
         status = life.phase.fields.get("status", "?")
         return Health(False, f"ended with status {status}, {_ago(now - life.phase.time)}")
     begun = life.phase.time if life.phase else -1e18
     latest = max(row.get("time", -1e18), begun)
-    if now - latest > SILENT_SECONDS:
-        never = "no row of metrics yet" if latest < 0 else f"last heard of {_ago(now - latest)}"
+    never = "no row of metrics yet" if latest < 0 else f"last heard of {_ago(now - latest)}"
+    if life.phase and not held:
+        words = "killed: no process holds its folder; start it again to resume it"
+        return Health(False, f"{never}, {words}")
+    if now - latest > max(SILENT_SECONDS, 3 * log_seconds):
         return Health(False, f"{never}: not started, stuck or killed; see events.log")
     if row.get("time", -1e18) < begun:
         return Health(True, f"starting since {now - begun:.0f} s")
@@ -78,13 +86,24 @@ _COUNTS = {
 
 def look(folder: Path) -> Health:
     """How the run in a folder is now; reads the ends of its files only."""
-    row, life = {}, Life()
+    row, life, held, log_seconds = {}, Life(), True, 0.0
     for line in _last_lines(folder / "metrics.jsonl"):
-        with suppress(ValueError):
-            found = json.loads(line)
-            row = {k: v for k, v in found.items() if v is not None}
+        row = _numbers(line) or row
     life.take(parse_events(_last_lines(folder / "events.log", 1 << 20)))
-    return health(row, life, time.time())
+    with suppress(OSError):  # where one may not look
+        held = holder(folder) is not None
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        config = json.loads((folder / "config.json").read_bytes())
+        log_seconds = float(config["config"]["learner"]["log_seconds"])
+    return health(row, life, time.time(), held, log_seconds)
+
+
+def _numbers(line: str) -> dict:
+    """What a row of metrics has of them; of a line that is none, nothing."""
+    with suppress(ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        found = json.loads(line).items()
+        return {k: v for k, v in found if isinstance(v, (int, float)) and math.isfinite(v)}
+    return {}
 
 
 def _last_lines(path: Path, nbytes: int = 1 << 16) -> list[str]:

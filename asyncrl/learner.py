@@ -8,7 +8,6 @@ who waits for whom.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +21,11 @@ from asyncrl import metrics
 from asyncrl.actor import ActorConfig
 from asyncrl.checkpoint import Checkpoints, Loaded
 from asyncrl.disk import CheckpointError
-from asyncrl.guards import UpdateGuard
+from asyncrl.guards import OutOfMemory, UpdateGuard
 from asyncrl.learner_config import LearnerConfig
 from asyncrl.logs import EventLog, RunLog
 from asyncrl.replay_stream import ReplayStream
+from asyncrl.resume import load_newest, say_what_is_cut
 from asyncrl.state import flatten, unflatten
 from asyncrl.throttle import Throttle
 from asyncrl.transport.ring import Ring, UnrollReader, Word
@@ -52,7 +52,7 @@ class Learner:
         ring_actor: Callable[[int], None] = lambda actor: None,
         turn_based: bool = False,
         read_status: Callable[[], dict] = dict,
-        beat: Callable[[], None] = lambda: None,
+        beat: Callable[[], bool] = lambda: False,
     ):
         self.config, self.actors, self.spec = config, actors, spec
         self.algorithm, self.model = algorithm, model
@@ -66,7 +66,10 @@ class Learner:
         self.total_env_steps = total_env_steps
         self.ring_actor = ring_actor
         self.turn_based = turn_based
-        self.read_status, self.beat = read_status, beat
+        self.read_status = read_status
+        self.beat = beat  # to be called often; returns whether to stop
+        if hasattr(algorithm, "beat"):  # an update of it is many steps
+            algorithm.beat = beat
 
         self.events = EventLog(folder / "events.log")
         self.guard = UpdateGuard(model, self.events)
@@ -76,6 +79,7 @@ class Learner:
             enabled=config.save_replay and self.store.streams,
         )  # fmt: skip
         self.folder = folder
+        self.positions = {"metrics.jsonl": 0, "episodes.csv": 0}  # to which logs are cut back
         self.episodes = metrics.EpisodeStatistics(policy_names)
         self.shares = metrics.TimeShares()
         self.threads = contextlib.nullcontext()  # or `Threads`, which looks at each update
@@ -84,21 +88,23 @@ class Learner:
         self.elapsed_before = 0.0  # seconds, in earlier starts of this run
         self.metrics: dict[str, Tensor] = {}
         self.lags = metrics.Lags()
+        self.whole = True  # nothing cut `learn` short
         self.saved = 0, 0  # env steps and updates in the newest checkpoint
         self.rebuilt_before = 0  # environments made anew, in earlier starts of this run
 
     # -- start and resume ------------------------------------------------------------------------
 
     def start(self, resume: bool) -> bool:
-        """Resume from the newest valid checkpoint if asked to and there is one, then publish.
+        """Resume from the newest checkpoint if asked to and there ever was one, then publish.
 
         Returns whether it resumed.
         """
         self.checkpoints.clean()
-        resumed = self._resume() if resume else None
+        resumed = load_newest(self.checkpoints, self._load, self.events) if resume else None
+        if resumed is None:
+            say_what_is_cut(self.folder, self.events)
         self.stream.begin(resumed.segments if resumed else [])
-        positions = resumed.state["logs"] if resumed else {"metrics.jsonl": 0, "episodes.csv": 0}
-        self.log = RunLog(self.folder, positions, self.config.tensorboard)
+        self.log = RunLog(self.folder, self.positions, self.config.tensorboard)
         now = time.monotonic()
         self.started = self.last_checkpoint = self.last_log = now
         self.saved = self.env_steps, self.updates
@@ -111,29 +117,6 @@ class Learner:
             self.save()  # what a kill before the first periodic checkpoint falls back to
         return resumed is not None
 
-    def _resume(self) -> Loaded | None:
-        newest = loaded = self.checkpoints.newest_valid()
-        while loaded is not None:
-            try:
-                self._load(loaded)
-                break
-            except CheckpointError as error:
-                self.checkpoints.reject(loaded, str(error))
-                loaded = self.checkpoints.newest_valid()
-        for path, reason in self.checkpoints.rejected:
-            self.events.event("refused", f"checkpoint {path.name} not used: {reason}")
-        if loaded is None and newest is not None:  # the replay of all of them is damaged
-            self.events.event("refused", f"{newest.path.name} is used without its replay")
-            loaded = dataclasses.replace(newest, segments=[])
-            self._load(loaded)
-        if loaded is None and self.checkpoints.rejected:
-            reasons = "; ".join(f"{p.name}: {why}" for p, why in self.checkpoints.rejected)
-            raise CheckpointError(
-                f"expected a valid checkpoint, got {reasons}; put one back, or move "
-                f"{self.checkpoints.folder} away to begin anew"
-            )
-        return loaded
-
     def _load(self, loaded: Loaded) -> None:
         state = unflatten(dict(loaded.tensors) | loaded.state["numbers"])
         self.store.restart_at(self.origin)  # whatever an unusable checkpoint may have left in it
@@ -142,6 +125,7 @@ class Learner:
         self.store.load_state_dict(state["store"])
         torch.set_rng_state(state["rng"])
         counters = loaded.state
+        self.positions = counters["logs"]
         self.episodes.load_state_dict(counters["episodes"])
         self.generation = counters["generation"]
         self.elapsed_before = counters["elapsed_seconds"]
@@ -208,17 +192,25 @@ class Learner:
         self.log.write_episodes(rows)
 
     def learn(self, most: int) -> int:
-        """Up to `most` updates, as far as the rate limit allows; returns how many were made."""
+        """Up to `most` updates, as far as the rate limit allows, or until it is to stop; returns
+        how many were made. Where they do not fit into memory what was learned is saved."""
         self.store.expire(self.weights.version)
-        count = 0
-        while count < most and self.store.updates_allowed():
+        count, self.whole = 0, False
+        while count < most and self.store.updates_allowed() and not self.beat():
             count += 1
-            with self.shares.time("update"), self.threads:
-                self.metrics = self.guard.update(self.algorithm, self.store) or self.metrics
+            try:
+                with self.shares.time("update"), self.threads:
+                    self.metrics = self.guard.update(self.algorithm, self.store)
+            except OutOfMemory:
+                self.finish()
+                raise
             due = self.updates - self.published_updates >= self.config.publish_period
             if due and not self.turn_based:
                 self.publish()
                 self.store.expire(self.weights.version)
+        if self.store.limiter.filling and self.env_steps > 1.02 * self.published_at:
+            self.publish()  # the clock of schedules, which runs before the first update too
+        self.whole = not self.beat()
         return count
 
     def publish(self) -> None:
@@ -233,7 +225,7 @@ class Learner:
             back["context"]["epoch"][...] = self.epoch
             self.episodes.write_lengths(back["context"]["recent_lengths"])
             self.weights.publish()
-        self.published_updates = self.updates
+        self.published_updates, self.published_at = self.updates, self.env_steps
 
     # -- schedules -------------------------------------------------------------------------------
 
@@ -273,7 +265,10 @@ class Learner:
                 if not play(all_played):
                     return
             self.drain()
-            if self.learn(self.store.updates_allowed()):
+            learned = self.learn(self.store.updates_allowed())
+            if not self.whole:
+                return  # a resume falls back to the last checkpoint, and makes all of them
+            if learned:
                 self.publish()
             self._housekeep()
 
@@ -300,7 +295,7 @@ class Learner:
     def finish(self) -> None:
         """The last row of metrics and, where no turn must be kept, the last checkpoint."""
         self.write_metrics()
-        if not self.turn_based or self.done():
+        if not self.turn_based or (self.done() and self.whole):
             self.epoch += self.turn_based  # a longer run will make its environments anew here
             self.save(final=True)
         self.stream.writer.close()
@@ -342,8 +337,9 @@ class Learner:
                     raise
             else:
                 pause = time.monotonic() - begun
+                text = "; ".join([f"{path.name} saved", *self.checkpoints.leftovers])
                 self.events.event(
-                    "checkpoint", f"{path.name} saved", env_steps=self.env_steps,
+                    "checkpoint", text, env_steps=self.env_steps,
                     updates=self.updates, seconds=f"{pause:.2f}",
                 )  # fmt: skip
         self.last_checkpoint = time.monotonic()

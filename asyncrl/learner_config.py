@@ -39,6 +39,9 @@ class LearnerConfig:
         for name in ("sync_period", "checkpoint_steps", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected learner.{name} >= 1, got {getattr(self, name)}")
+        for name in ("log_seconds", "checkpoint_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"expected learner.{name} > 0, got {getattr(self, name)}")
         for name in ("num_threads", "publish_period"):
             if getattr(self, name) < 0:
                 raise ValueError(f"expected learner.{name} >= 0, got {getattr(self, name)}")

@@ -31,6 +31,10 @@ EVENT_COLORS = {
     ("death", "gave-up", "refused", "stuck", "error"): "red",
     ("restart", "stopping", "warning"): "yellow",
 }
+LOSSES = (  # of what is learned, as far as a row has them; their order is that on the screen
+    ("loss/q", "Q loss"), ("loss/policy", "policy"), ("loss/value", "value"),
+    ("loss/entropy", "entropy"), ("loss/q_mean", "mean Q"), ("loss/q_variance", "variance"),
+)  # fmt: skip
 
 
 class Tail:
@@ -169,7 +173,8 @@ class Panel:
         text = f"env_steps={steps:.0f}" + (f" ({steps / total:.1%})" if total else "")
         if self.evaluation:
             text += f" eval/return={self.evaluation[1]:.6g}"
-        for name in ("episode/return", "rate/env_steps", "rate/updates", "lag/mean"):
+        names = ("episode/return", "rate/env_steps", "rate/updates", "lag/mean")
+        for name in (*names, *(name for name, _ in LOSSES)):
             if name in self.row:
                 text += f" {name}={self.row[name]:.6g}"
         text += f" left={duration(left).replace(' ', '')}" if left is not None else ""
@@ -186,7 +191,8 @@ class Panel:
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bright_black", no_wrap=True, width=10)
         table.add_column(no_wrap=True, width=inner, overflow="ellipsis")
-        sections = self._sections(inner) if self.row else [[("", "waiting for the first metrics")]]
+        waiting = [[("", "waiting for the first metrics")]]
+        sections = self._sections(inner, height > 24) if self.row else waiting
         for i, section in enumerate(sections):
             if i and height >= 24:
                 table.add_row()
@@ -207,9 +213,9 @@ class Panel:
             subtitle_align="right", width=width, border_style="bright_black", padding=(0, 1),
         )  # fmt: skip
 
-    def _sections(self, width: int) -> list[list[tuple]]:
+    def _sections(self, width: int, tall: bool) -> list[list[tuple]]:
         """Groups of lines (label, value of up to `width` characters); a line whose metrics are not
-        in the row is left out."""
+        in the row is left out, losses too where the terminal is not `tall`."""
         row, progress, learning, flow, times = self.row, [], [], [], []
         steps, total, left = self._budget()
         done = f"{percent(steps / total)}" if total else ""
@@ -240,6 +246,9 @@ class Panel:
         if self.evaluation:
             at, value = count(self.evaluation[0]), (number(self.evaluation[1]), "bold")
             learning.append(("evaluation", Text.assemble(value, f" at {at} env steps")))
+        losses = " · ".join(f"{words} {row[name]:.3g}" for name, words in LOSSES if name in row)
+        if losses and tall:
+            learning.append(("losses", losses))
 
         fills = [
             Text(f"{name} ") + meter(row[f"{name}/fill"], width // 5, "blue", f"{full:>6}")

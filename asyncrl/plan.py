@@ -12,6 +12,7 @@ import platform
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -77,36 +78,45 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
     num_states = getattr(config.algorithm, "num_states", 1)
     sizes = actor.unroll_length, actor.envs_per_lane
     spec = Spec(*sizes, observation_space, action_space, state, num_states)
-    device = config.learner.resolved_device()
     store_device = config.algorithm.store_device
-    for name in (str(device), actor.device, *({store_device} - {"auto"})):
+    for name in {config.learner.device, actor.device, store_device} - {"auto"}:
         try:
-            torch.empty(1, device=name)
+            if torch.empty(1, device=name).is_meta:
+                raise RuntimeError("it holds no numbers")
         except (RuntimeError, AssertionError) as error:
             raise ValueError(
                 f"expected a device that torch can use here, got {name!r}: {error}; use cpu or auto"
             ) from None
+    device = config.learner.resolved_device()
     weights = weights_fields(model.state_dict(), context_fields(len(mixture.names)))
     store = config.algorithm.store_nbytes(model, spec, actor.num_lanes)
     num_processes = 1 if config.schedule == "serial" else 1 + actor.num_actors
     num_processes += config.evaluation.period_steps > 0
+    parameters = sum(tensor.nbytes for tensor in model.state_dict().values())
+    workers = actor.num_lanes * actor.envs_per_lane * (config.env.vectorization == "async")
     memory = [
         [f"{actor.num_lanes} lanes of {actor.slots_per_lane} unrolls",
          actor.num_lanes * Ring.nbytes(spec, actor.slots_per_lane)],
         ["weights, two copies", WeightsBuffer.nbytes(weights)],
+        ["parameters, target, gradients and moments", 5 * parameters],
         [f"{num_processes} processes of about 300 MB", num_processes * 300_000_000],
+        [f"{workers} processes of single environments, of 10 MB or more", workers * 10_000_000],
         ["supervisor", 80_000_000],
     ]  # fmt: skip
+    memory = [line for line in memory if line[1]]
     if "cpu" in (device.type, store_device):
         memory.insert(0, [config.algorithm.store_name, store])
     rows = min(config.algorithm.kept_env_steps, config.total_env_steps)
-    unrolls = rows / (spec.unroll_length * spec.num_envs)
+    streamed = rows / (spec.unroll_length * spec.num_envs) * spec.layout.nbytes
+    streamed *= config.learner.save_replay
+    saved = getattr(config.algorithm, "checkpoint_nbytes", config.algorithm.store_nbytes)
+    saved = saved(model, spec, actor.num_lanes) + 4 * parameters  # the best and one on its way too
     return Plan(
         config=describe(config),
         spec=spec.to_json(),
         weights=fields_to_json(weights),
         memory=memory,
-        disk_nbytes=int(unrolls * spec.layout.nbytes) if config.learner.save_replay else 0,
+        disk_nbytes=int(streamed) + (config.learner.keep_checkpoints + 2) * saved,
         policies=list(mixture.names),
         num_actors=actor.num_actors,
         num_lanes=actor.num_lanes,
@@ -131,26 +141,40 @@ def versions() -> dict[str, str]:
     return found
 
 
-def prepare_main(launch_file: Path, original: Path, fd: int, options: list[str]) -> int:
+def in_words(launch_file: Path, work: Callable[[], object]) -> int:
+    """Do work that executes a launch file; the exit status, once it was said what it raised."""
     from asyncrl.config import ConfigError
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        plan = prepare(launch_file, options, original)
+        work()
     except (ConfigError, ValueError) as error:
         print(f"asyncrl: {error}", file=sys.stderr)
         return EXIT_REFUSED
     except KeyboardInterrupt:
         return 130
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if Path(frame.filename) == original]
+        wrong = type(error).__name__
+        if isinstance(error, SystemExit):
+            if "apply_options" in [frame.name for frame in frames]:  # options refused, or --help
+                raise
+            wrong = "expected it to go on, but it calls exit: SystemExit"
+        else:
+            traceback.print_exc()
+        own = [frame for frame in frames if Path(frame.filename) == launch_file]
         where = f" (line {own[-1].lineno})" if own else ""
-        traceback.print_exc()
-        print(f"asyncrl: {original}{where} cannot be used: {type(error).__name__}: {error}",
-              file=sys.stderr)  # fmt: skip
+        print(f"asyncrl: {launch_file}{where} cannot be used: {wrong}: {error}", file=sys.stderr)
         return EXIT_REFUSED
-    with os.fdopen(fd, "w") as file:
-        json.dump(vars(plan), file)
     return 0
+
+
+def prepare_main(launch_file: Path, original: Path, fd: int, options: list[str]) -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def work() -> None:
+        plan = prepare(launch_file, options, original)
+        with os.fdopen(fd, "w") as file:
+            json.dump(vars(plan), file)
+
+    return in_words(original, work)

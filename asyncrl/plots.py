@@ -34,7 +34,14 @@ STYLE = {
 NOT_SETTINGS = {"seed", "run_id", "run_folder", "created", "versions", "git_revision"}
 
 
-def plot(run_folders, output=None, by: str | None = None, group: bool = False) -> Path:
+def plot(
+    run_folders,
+    output=None,
+    by: str | None = None,
+    group: bool = False,
+    policy: str | None = None,
+    lives: int = 1,
+) -> Path:
     """Draw returns, evaluations, speed, policy lag, time shares and losses over env steps.
 
     Args:
@@ -44,15 +51,25 @@ def plot(run_folders, output=None, by: str | None = None, group: bool = False) -
         by: "policy" draws a curve for each policy of the mix, of returns and of episode lengths.
         group: runs whose config.json is equal but for the seed become one curve, the interquartile
             mean over runs at each number of env steps, with the runs' 25-75 % band.
+        policy: a policy of the mix; only episodes that it played are drawn.
+        lives: how many episodes make a game, where each is a life; returns are drawn times that.
 
     Returns the path written. Raises ValueError for a folder without metrics.
     """
     if by not in (None, "policy"):
         raise ValueError(f'by: expected None or "policy", got {by!r}')
+    if by and policy is not None:
+        raise ValueError(f"expected by or policy, got both: {by!r} and {policy!r}")
     single = isinstance(run_folders, (str, os.PathLike))
     runs = [_Run(Path(folder)) for folder in ([run_folders] if single else run_folders)]
     if not runs:
         raise ValueError("run_folders: expected at least one run's folder, got none")
+    names = _policies(runs)
+    if policy is not None and policy not in names:
+        raise ValueError(
+            f"expected a policy with episodes in these runs, got {policy!r}; there are: "
+            + (", ".join(names) or "none yet")
+        )
     groups: dict[str, list[_Run]] = {}
     for run in runs:
         groups.setdefault(run.settings if group else str(run.folder), []).append(run)
@@ -63,7 +80,7 @@ def plot(run_folders, output=None, by: str | None = None, group: bool = False) -
         figure = Figure(figsize=(10, 6.2), layout="constrained")
         rows = figure.add_gridspec(2, 4, height_ratios=(2, 1), hspace=0.08)
         left = rows[0, :3] if by else rows[0, :]
-        _draw_returns(figure.add_subplot(left), list(groups.values()), by)
+        _draw_returns(figure.add_subplot(left), list(groups.values()), by, policy, lives)
         if by:
             _draw_lengths(figure.add_subplot(rows[0, 3]), list(groups.values()))
         for i, draw in enumerate((_draw_speed, _draw_lag, _draw_time, _draw_loss)):
@@ -167,11 +184,12 @@ def _label(group: list[_Run]) -> str:
     return f"{name}, IQM of {len(group)} seeds"
 
 
-def _draw_returns(axes, groups: list[list[_Run]], by: str | None) -> None:
+def _draw_returns(axes, groups: list[list[_Run]], by, only: str | None, lives: int) -> None:
     lines, evaluation = 0, "evaluation"
     for i, group in enumerate(groups):
-        for j, policy in enumerate(_policies(group) if by else [None]):
-            steps, mean, low, high = _combine([run.curve(policy) for run in group])
+        for j, policy in enumerate(_policies(group) if by else [only]):
+            steps, *band = _combine([run.curve(policy) for run in group])
+            mean, low, high = lives * np.array(band)
             color = COLORS[(j if by else i) % len(COLORS)]
             dashes = DASHES[(i if by else i // len(COLORS)) % 4]
             label = " · ".join(filter(None, (_label(group) if len(groups) > 1 else "", policy)))
@@ -189,7 +207,8 @@ def _draw_returns(axes, groups: list[list[_Run]], by: str | None) -> None:
     axes.set_title(_label(groups[0]) if len(groups) == 1 else "", fontsize=11)
     band = f"band: 25-75 % {' or '.join(sorted(kinds))}"
     axes.set_title(band, loc="right", color="#777777", fontweight="normal")
-    axes.set(xlabel="env steps", ylabel="episode return")
+    returns = "episode return" if lives == 1 else f"{lives} x return of a life"
+    axes.set(xlabel="env steps", ylabel=returns)
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.margins(x=0.01)
     if lines or evaluation is None:
@@ -268,7 +287,8 @@ def _draw_shares(axes, run: _Run, prefix: str, bottom: float) -> None:
 
 
 DIAGNOSTICS = {"grad_norm", "skipped", "kl", "clipped", "explained_variance"}
-NOT_LOSSES = {f"loss/{name}" for name in DIAGNOSTICS | {"value_mean", "q_mean", "td_error"}}
+MEANS = {"value_mean", "q_mean", "q_variance", "td_error"}
+NOT_LOSSES = {f"loss/{name}" for name in DIAGNOSTICS | MEANS}
 
 
 def _draw_loss(axes, groups: list[list[_Run]]) -> None:

@@ -8,7 +8,7 @@ says where an episode opens, `step` (B) counts env steps of each episode, `conte
 learner publishes beside the weights, `rng` is a counter-based generator made anew for every unroll.
 A policy sees no weights, keeps no statistics and knows no process; `log_prob` is that of the action
 under the behaviour that really chose it. A policy that refers to others of its mix by name has a
-`check(names)`, which refuses names that are not there. More policies: switch_policies.py.
+`check(names)`, which refuses names that are never drawn. More policies: switch_policies.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from asyncrl.sampling import epsilon_greedy, mode, preferences, sample, uniform, uniform_in_box
-from asyncrl.schedules import Linear, Piecewise, value_at
+from asyncrl.schedules import check_range, turns, value_at
 
 
 class Context(NamedTuple):
@@ -83,7 +83,10 @@ class EpsilonGreedy:
     """A random action with probability epsilon, else the best: constant or annealed."""
 
     epsilon: Any = 0.05
-    """A number, or a schedule over env steps."""
+    """From 0 to 1: a number, or a schedule over env steps."""
+
+    def __post_init__(self):
+        check_range("epsilon", self.epsilon, most=1)
 
     def initial_state(self, num_envs: int) -> Any:
         return ()
@@ -99,6 +102,10 @@ class EpsilonLadder:
 
     base: float = 0.4
     alpha: float = 7.0
+
+    def __post_init__(self):
+        check_range("base", self.base, most=1)
+        check_range("alpha", self.alpha)
 
     def initial_state(self, num_envs: int) -> Any:
         return ()
@@ -120,6 +127,9 @@ class Softmax:
 
     temperature: Any = 1.0
     """A positive number, or a schedule over env steps."""
+
+    def __post_init__(self):
+        check_range("temperature", self.temperature, above=True)
 
     def initial_state(self, num_envs: int) -> Any:
         return ()
@@ -164,15 +174,35 @@ class Mixture:
             raise ValueError(f"expected 1 to 255 parts with distinct names, got {names}")
         if self.scope not in ("game", "life"):
             raise ValueError(f'expected a mixture scope of "game" or "life", got {self.scope!r}')
-        changes = {0}
-        for part in self.parts:
-            weight = part.weight
-            changes |= {weight.steps} if isinstance(weight, Linear) else set()
-            changes |= set(weight.boundaries) if isinstance(weight, Piecewise) else set()
-        for env_steps in sorted(changes):
+        for env_steps in sorted({step for part in self.parts for step in turns(part.weight)}):
             self.weights(env_steps)
+        drawn = tuple(
+            part.name for part in self.parts
+            if any(value_at(part.weight, env_steps) > 0 for env_steps in turns(part.weight))
+        )  # fmt: skip
         for part in self.parts:
-            getattr(part.policy, "check", lambda names: None)(self.names)
+            getattr(part.policy, "check", lambda names: None)(drawn)
+            if self.scope == "life":
+                self._check_scope(part)
+
+    def _check_scope(self, part: Part) -> None:
+        """A game is booked whole on the part that played its last life, so lengths by policy say
+        nothing where parts change within a game."""
+        try:
+            getattr(part.policy, "check", lambda names: None)(())  # refuses any name it refers to
+        except ValueError:
+            raise ValueError(
+                f'expected a mixture scope of "game" for {part.name}, which looks at lengths by '
+                'policy, got "life"; use "game", if need be in an environment whose episodes are '
+                "lives"
+            ) from None
+
+    def check(self, names: tuple[str, ...]) -> None:
+        """ValueError: asked of what is inside another policy."""
+        raise ValueError(
+            f"expected no Mixture inside another policy, got one of {self.names}; results are by "
+            "the parts of one mixture: list all of them there, with their weights multiplied"
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -181,10 +211,11 @@ class Mixture:
     def weights(self, env_steps: int) -> np.ndarray:
         """(parts,) probabilities after `env_steps`."""
         weights = np.array([value_at(part.weight, env_steps) for part in self.parts])
-        if not (weights >= 0).all() or not weights.sum() > 0:
+        if not (weights >= 0).all() or not 0 < weights.sum() < np.inf:
             raise ValueError(
-                f"expected weights >= 0 with a sum > 0, got {weights.tolist()} for {self.names} "
-                f"at {env_steps} env steps; give some part a positive weight there"
+                "expected finite weights >= 0 with a sum > 0, got "
+                f"{weights.tolist()} for {self.names} at {env_steps} env steps; give some part a "
+                "positive weight there"
             )
         return weights / weights.sum()
 
@@ -231,6 +262,10 @@ def check_policy(mixture: Mixture, outputs: dict[str, np.ndarray], action_shape:
             raise ValueError(
                 f"expected the policy {part.name} to give actions {(B, *action_shape)} and "
                 f"log-probabilities {(B,)}, got {got[0]} and {got[1]}"
+            )
+        if np.isnan(log_prob).any():
+            raise ValueError(
+                f"expected log-probabilities from the policy {part.name}, got {log_prob.tolist()}"
             )
 
 

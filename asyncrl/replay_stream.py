@@ -25,7 +25,7 @@ class ReplayStream:
         self.folder, self.store, self.layout = folder, store, layout
         self.checkpoints, self.events, self.enabled = checkpoints, events, enabled
 
-    def restore(self, segments: list[dict], beat: Callable[[], None]) -> None:
+    def restore(self, segments: list[dict], beat: Callable[[], object]) -> None:
         """Insert the unrolls of a checkpoint's segments again. CheckpointError if they are damaged,
         with some of them inserted."""
         if not self.enabled:

@@ -95,6 +95,12 @@ class Process:
         from asyncrl.learner import Learner
 
         config, links = self.config, self.connections
+        status = links.status
+
+        def beat() -> bool:
+            status.beat(Status.LEARNER_BEAT)
+            return status.stopping
+
         model = self.make_model()
         algorithm = config.algorithm.build(model, config.learner.resolved_device())
         return Learner(
@@ -111,8 +117,8 @@ class Process:
             config.total_env_steps,
             ring_actor=lambda actor: links.actor_bells[actor].ring(),
             turn_based=config.schedule != "async",
-            read_status=links.status.metrics,
-            beat=lambda: links.status.beat(Status.LEARNER_BEAT),
+            read_status=status.metrics,
+            beat=beat,
         )
 
 
@@ -186,12 +192,8 @@ def run_learner(process: Process, index: int, generation: int) -> None:
     )  # fmt: skip
     status = links.status
 
-    def idle() -> bool:
-        status.beat(Status.LEARNER_BEAT)
-        return status.stopping
-
     def wait(condition) -> bool:
-        return not idle() and links.learner_bell.wait_for(condition, idle)
+        return not learner.beat() and links.learner_bell.wait_for(condition, learner.beat)
 
     resumed = learner.start(resume=True)
     announce(learner, resumed)
@@ -215,10 +217,9 @@ def run_serial(process: Process, index: int, generation: int) -> None:
     status = links.status
 
     def play(condition) -> bool:
-        status.beat(Status.LEARNER_BEAT)
         for actor in actors:
             actor.play()
-        return not status.stopping
+        return not learner.beat()
 
     announce(learner, learner.start(resume=True))
     learner.run_in_turns(play)
@@ -318,9 +319,9 @@ def child_main(arguments: list[str]) -> int:
     try:
         process = Process(Path(folder), json.loads(fds))
         ROLES[role](process, int(index), int(generation))
-    except (Exception, SystemExit):  # an environment may call exit()
+    except (Exception, SystemExit) as error:  # an environment may call exit()
         traceback.print_exc()
-        return EXIT_FAILED
+        return getattr(error, "exit_status", EXIT_FAILED)
     return 0
 
 

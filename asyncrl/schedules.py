@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf, isfinite
 
 import numpy as np
 
@@ -18,6 +19,11 @@ class Linear:
     def __post_init__(self):
         if self.steps < 1:
             raise ValueError(f"expected a schedule of at least 1 env step, got {self.steps}")
+
+    @property
+    def turns(self) -> tuple[int, ...]:
+        """Env steps where it has its least and greatest values."""
+        return 0, self.steps
 
     def at(self, env_steps: int) -> float:
         done = min(max(env_steps / self.steps, 0.0), 1.0)
@@ -40,6 +46,10 @@ class Piecewise:
                 f"boundaries={self.boundaries} and values={self.values}"
             )
 
+    @property
+    def turns(self) -> tuple[int, ...]:
+        return 0, *self.boundaries
+
     def at(self, env_steps: int) -> float:
         return self.values[int(np.searchsorted(self.boundaries, env_steps, side="right"))]
 
@@ -60,13 +70,40 @@ class Exponential:
                 f"got {self.start}, {self.end}, {self.factor} and {self.period}"
             )
 
+    @property
+    def turns(self) -> tuple[int, ...]:
+        return 0, 2**62
+
     def at(self, env_steps: int) -> float:
         return max(self.start * self.factor ** (env_steps / self.period), self.end)
 
 
 Schedule = float | Linear | Piecewise | Exponential
+_SAMPLES = (0, *(2**k for k in range(40)))  # where a schedule of the user's own is asked
 
 
 def value_at(schedule: Schedule, env_steps: int) -> float:
     """The value of a constant or a schedule after `env_steps`."""
     return schedule.at(env_steps) if hasattr(schedule, "at") else float(schedule)
+
+
+def turns(schedule: Schedule) -> tuple[int, ...]:
+    """Env steps at which its extremes show; powers of two where it does not say."""
+    if not hasattr(schedule, "at"):
+        return (0,)
+    return getattr(schedule, "turns", _SAMPLES)
+
+
+def check_range(
+    name: str, schedule: Schedule, least: float = 0.0, most: float = inf, above: bool = False
+) -> None:
+    """ValueError where a number or a schedule is ever less than `least` (or, with `above`, as
+    little), more than `most`, infinite or not a number."""
+    for env_steps in turns(schedule):
+        value = value_at(schedule, env_steps)
+        enough = value > least if above else value >= least
+        if not enough or not value <= most or not isfinite(value):
+            bounds = f"above {least:g}" if above else f"of at least {least:g}"
+            bounds += f" and at most {most:g}" if isfinite(most) else ""
+            when = f" at {env_steps} env steps of {schedule}" if hasattr(schedule, "at") else ""
+            raise ValueError(f"expected {name} {bounds}, got {value:g}{when}")

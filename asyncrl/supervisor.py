@@ -7,30 +7,27 @@ second looks at heartbeats.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from asyncrl.children import Child, reap_strangers, usage_by_role
-from asyncrl.folder import Refused, RunFolder, leaving_at_once
+from asyncrl.children import Child, children_of, last_words, reap_strangers, usage_by_role
+from asyncrl.folder import Refused, RunFolder, leaving_at_once, say
 from asyncrl.logs import EventLog
+from asyncrl.memory import Memory
 from asyncrl.plan import EXIT_FAILED, EXIT_REFUSED, Plan
 from asyncrl.preflight import preflight
 from asyncrl.template import Template
 from asyncrl.transport.ring import Ring, Word
-from asyncrl.transport.shared_memory import Doorbell, Segment
-from asyncrl.transport.status import STATUS_BYTES, Status
-from asyncrl.transport.weights import WeightsBuffer
-from asyncrl.types import Spec, fields_from_json
+from asyncrl.transport.status import Status
 
-STOP_SECONDS = 20.0  # for a checkpoint, after the first signal
+STOP_SECONDS = 17.0  # for a checkpoint, after the first signal; 20 are promised for the exit
+GRACE_SECONDS, KILL_SECONDS = 2.0, 2.0  # for the others to end by themselves; to be gone
 START_SECONDS, ACTOR_SECONDS, LEARNER_SECONDS = 120.0, 9.0, 300.0  # silence; looked at each second
 MAX_RESTARTS, RESTART_WINDOW_SECONDS = 5, 600.0
 BACK_OFF_SECONDS, MAX_BACK_OFF_SECONDS = 0.5, 30.0
@@ -53,58 +50,57 @@ def train(
     try:
         with RunFolder(folder) as run, Template() as template:
             with leaving_at_once(signal.SIGTERM):
-                template.start()  # imports while the plan is made
-                plan = run.prepare(launch_file, options)
-                warnings = preflight(plan, folder)
-                run.begin(plan)
-                supervisor = Supervisor(folder, plan, template)
-                for check in warnings:
-                    supervisor.events.event("warning", f"{check.lines[0]}; {check.remedy}")
-            screen = display(folder, plan.total_env_steps)
+                supervisor = _begin(run, template, launch_file, options)
+            screen = display(folder, supervisor.plan.total_env_steps)
             try:
                 return supervisor.run(screen.refresh)
             finally:
                 screen.close()
     except Refused as error:
-        _say(*error.args)
+        say(*error.args)
         return EXIT_REFUSED
+
+
+def _begin(run: RunFolder, template: Template, launch_file: Path, options: list[str]) -> Supervisor:
+    """Have the plan made, and memory for it, before anything is written."""
+    try:
+        template.start()  # imports while the plan is made
+        plan = run.prepare(launch_file, options)
+        warnings = preflight(plan, run.folder)
+        memory = Memory(plan)
+    except OSError as error:
+        raise Refused(
+            f"expected the system to let run {run.folder.name} begin, got {error}; see the limits "
+            "of processes, files and memory (ulimit -a), and asyncrl doctor"
+        ) from error
+    run.begin(plan)
+    supervisor = Supervisor(run.folder, plan, template, run, memory)
+    for check in warnings:
+        supervisor.events.event("warning", f"{check.lines[0]}; {check.remedy}")
+    return supervisor
 
 
 class Supervisor:
     """Starts the children of a planned run and sees it to its end."""
 
-    def __init__(self, folder: Path, plan: Plan, template: Template | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        template: Template | None = None,
+        run: RunFolder | None = None,
+        memory: Memory | None = None,
+    ):
         self.folder, self.plan = folder, plan
         self.template = template or Template()
+        self.run_folder = run
         self.events = EventLog(folder / "events.log")
-        spec = Spec.from_json(plan.spec)
-        lane_nbytes = Ring.nbytes(spec, plan.slots_per_lane)
-        self.segments = {
-            "status": Segment.create("status", STATUS_BYTES),
-            "weights": Segment.create(
-                "weights", WeightsBuffer.nbytes(fields_from_json(plan.weights))
-            ),
-        }
-        self.lanes = [Segment.create(f"lane-{i}", lane_nbytes) for i in range(plan.num_lanes)]
-        self.status = Status(self.segments["status"].buffer)
-        self.rings = [Ring(lane.buffer, spec, plan.slots_per_lane) for lane in self.lanes]
-        self.learner_bell, self.evaluator_bell = Doorbell.create(), Doorbell.create()
-        self.actor_bells = [Doorbell.create() for _ in range(plan.num_actors)]
-        self.fds = {
-            **{name: segment.fd for name, segment in self.segments.items()},
-            "lanes": [lane.fd for lane in self.lanes],
-            "learner_bell": self.learner_bell.fd,
-            "evaluator_bell": self.evaluator_bell.fd,
-            "actor_bells": [bell.fd for bell in self.actor_bells],
-        }
-        roles = [("serial", 0)]
-        if plan.schedule != "serial":
-            roles = [("learner", 0), *(("actor", i) for i in range(plan.num_actors))]
-        if plan.evaluates:
-            roles.append(("evaluator", 0))
-        self.children = [Child(role, index) for role, index in roles]
+        self.memory = memory or Memory(plan)
+        self.status, self.rings, self.fds = self.memory.status, self.memory.rings, self.memory.fds
+        self.children = children_of(plan)
         self.signals: list[int] = []
         self.stop_deadline: float | None = None
+        self.grace_seconds = GRACE_SECONDS
         self.exit_status: int | None = None
         self.usage_at = 0.0
 
@@ -126,6 +122,7 @@ class Supervisor:
                 self._sleep(wake_read)
                 self._heed_signals()
                 self._bury_the_dead()
+                self._keep_folder()
                 self._keep_template()
                 self._look_at_hearts()
                 self._start_the_due()
@@ -168,13 +165,21 @@ class Supervisor:
 
     # -- starting and ending ---------------------------------------------------------------------
 
+    def _keep_folder(self) -> None:
+        """Its children read and write it by its name: what is there must be this run's."""
+        taken = self.run_folder and self.run_folder.keep()
+        if taken:
+            self.events = EventLog(self.run_folder.own_place / "events.log")
+            why = f"expected {self.folder} to stay this run's, but {taken}"
+            self._end_at_once(why, EXIT_FAILED)
+
     def _keep_template(self) -> None:
         """Where it dies, those it has made live on; a run that needs it and cannot have it ends."""
         template = self.template
         template.keep(self.events, _back_off(template.failed + 1))
         alive = {child.role for child in self.children if child.process is not None}
         if template.failed > MAX_RESTARTS and not alive & {"learner", "serial"}:
-            _say(template.last_words, "the run cannot go on: no process can be forked")
+            say(template.last_words, "the run cannot go on: no process can be forked")
             self.exit_status = EXIT_FAILED
 
     def _start(self, child: Child) -> None:
@@ -187,7 +192,7 @@ class Supervisor:
         arguments = [child.role, str(child.index), str(self.folder), str(os.getpid())]
         with self._open_log(child) as log:
             child.process = self.template.fork([*arguments, str(generation)], self.fds, log)
-        child.generation, child.started = generation, time.monotonic()
+        child.generation, child.started, child.refused = generation, time.monotonic(), 0
         verb = "restarted" if again else "started"
         word = {"actor": Status.RESTARTS, "evaluator": Status.EVALUATOR_RESTARTS}
         self.status.words[word.get(child.role, Status.LEARNER_RESTARTS)] += again
@@ -223,10 +228,10 @@ class Supervisor:
                 child.gone = True
                 if learns:
                     self.exit_status = 128 + self.signals[0] if self.signals else 0
-            elif self.stop_deadline is not None:
+            elif self.stop_deadline is not None or (learns and code == EXIT_REFUSED):
                 child.gone = True
                 if learns:
-                    self._report_death(child, code)
+                    say(self._report_death(child, code))
                     self.exit_status = EXIT_FAILED
             else:
                 self._mourn(child, code)
@@ -239,9 +244,7 @@ class Supervisor:
 
     def _report_death(self, child: Child, code: int) -> str:
         cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        text = ""
-        with contextlib.suppress(OSError):
-            text = self._log_of(child).read_text(errors="replace")[-6000:].strip()
+        text = last_words(self._log_of(child))
         self.events.event("death", f"{child.name} died: {cause}\n{text}".strip())
         return f"{child.name} died: {cause}\n{text}"
 
@@ -264,7 +267,7 @@ class Supervisor:
             needed = child.role in ("learner", "serial") or (child.role == "actor" and turn_based)
             if needed or (child.role == "actor" and all(other.gone for other in actors)):
                 where = f"see {self.folder / 'events.log'}"
-                _say(report, f"the run cannot go on without {child.name}; {where}")
+                say(report, f"the run cannot go on without {child.name}; {where}")
                 self.exit_status = EXIT_FAILED
         elif self.plan.schedule == "async" or child.role == "evaluator":
             child.restart_at = now + back_off
@@ -277,7 +280,7 @@ class Supervisor:
                     self._forget_process(other)
                 if other.role != "evaluator":
                     other.restart_at, other.generation = now + back_off, -1
-            self._clear_memory()
+            self.memory.clear()
 
     def _work(self, child: Child) -> int:
         """A count that grows while a child does what it is there for."""
@@ -294,12 +297,6 @@ class Supervisor:
         unrolls = child.role == "actor" and self.plan.schedule == "async"
         return self._work(child) - child.work_at_start >= (PROVEN_UNROLLS if unrolls else 1)
 
-    def _clear_memory(self) -> None:
-        """Make the segments as new, for children that will start from a checkpoint."""
-        for ring in self.rings:
-            ring.words[:] = 0
-        self.segments["weights"].buffer[:8] = bytes(8)
-
     def _start_the_due(self) -> None:
         now = time.monotonic()
         for child in self.children:
@@ -309,7 +306,8 @@ class Supervisor:
                 try:
                     self._start(child)
                 except OSError as error:  # no more processes, descriptors or memory for now
-                    child.restart_at = now + MAX_BACK_OFF_SECONDS
+                    child.refused += 1
+                    child.restart_at = time.monotonic() + _back_off(child.refused)
                     text = f"{child.name} cannot be started, tried again: {error}"
                     self.events.event("warning", text)
 
@@ -344,8 +342,8 @@ class Supervisor:
         if time.monotonic() - self.usage_at < USAGE_SECONDS:
             return
         self.usage_at = time.monotonic()
-        shared = sum(segment.nbytes for segment in (*self.segments.values(), *self.lanes))
-        taken = usage_by_role([os.getpid(), self.template.pid], self.children, shared)
+        parents = [os.getpid(), self.template.pid]
+        taken = usage_by_role(parents, self.children, self.memory.nbytes)
         self.status.usage[:] = [taken.get(name, 0.0) for name in Status.USAGE]
 
     # -- stopping --------------------------------------------------------------------------------
@@ -365,35 +363,37 @@ class Supervisor:
                 self.exit_status = 128 + self.signals[0]
         if len(self.signals) > 1 or (self.stop_deadline is not None and now > self.stop_deadline):
             why = "a second signal" if len(self.signals) > 1 else "no checkpoint in time"
-            self.events.event("stopping", f"{why}: everything is killed")
-            self.exit_status = 128 + self.signals[0]
+            self._end_at_once(why, 128 + self.signals[0])
+
+    def _end_at_once(self, why: str, status: int) -> None:
+        """Everything is killed: nobody may save any more, and no time is left."""
+        lost = "" if self.status.words[Status.DONE] else " and nothing was saved at this end"
+        words = f"{why}: everything is killed{lost}; a start resumes the newest checkpoint"
+        self.events.event("stopping", words)
+        say(words)
+        self.grace_seconds, self.exit_status = 0.0, status
 
     def _ask_to_stop(self) -> None:
-        self.status.words[Status.STOP] = 1
-        for bell in (self.learner_bell, self.evaluator_bell, *self.actor_bells):
-            bell.ring()
+        self.memory.ask_to_stop()
         for child in self.children:
             child.restart_at = None
 
     def _end_all(self) -> None:
         """Nobody outlives the parent."""
-        self._ask_to_stop()
-        deadline = time.monotonic() + (2.0 if len(self.signals) < 2 else 0.0)
-        for child in self.children:
-            if child.process is not None:
-                child.process.wait(max(deadline - time.monotonic(), 0.01))
-                child.process.kill()
-                child.process.wait()
-                self._forget_process(child)
+        alive = [child for child in self.children if child.process is not None]
+        if self.grace_seconds:
+            self._ask_to_stop()
+        deadline = time.monotonic() + self.grace_seconds
+        for child in alive:
+            child.process.wait(max(deadline - time.monotonic(), 0.0))
+        for child in alive:
+            child.process.kill()
+        deadline = time.monotonic() + KILL_SECONDS
+        for child in alive:
+            child.process.wait(max(deadline - time.monotonic(), 0.0))
+            self._forget_process(child)
 
 
 def _back_off(deaths: int) -> float:
     """Seconds before a new start."""
     return min(BACK_OFF_SECONDS * 2 ** (deaths - 1), MAX_BACK_OFF_SECONDS)
-
-
-def _say(*lines: str) -> None:
-    """Tell the user, where somebody listens."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in lines:
-            print(f"asyncrl: {line}", file=sys.stderr, flush=True)

@@ -4,11 +4,10 @@
     RandomSwitch    two policies that take over from each other at random
     Switch          one policy nearly up to where episodes of late have ended, then another
 
-`Switch` is decided for each environment as its episode opens (and anew at each life where the
-mixture's scope is "life"); nothing here loops over environments. What the two policies inside would
-do is worked out for all environments at each step, so both keep their memories, and the action and
-log-probability are those of the one that acts. All three follow the action selection of
-Quickblink's RLframework (2021).
+`Switch` is decided for each environment as its episode opens; nothing here loops over environments.
+What the two policies inside would do is worked out for all environments at each step, so both keep
+their memories, and the action and log-probability are those of the one that acts. All three follow
+the action selection of Quickblink's RLframework (2021).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from asyncrl.sampling import preferences, sample
-from asyncrl.schedules import value_at
+from asyncrl.schedules import check_range, value_at
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,8 @@ class Certainty:
     """At least 0: a number, or a schedule over env steps."""
 
     def __post_init__(self):
-        if not value_at(self.margin, 0) > 0 or not value_at(self.base, 0) >= 0:
-            raise ValueError(
-                f"expected margin > 0 and base >= 0, got {self.margin} and {self.base}; use "
-                "EpsilonGreedy for a policy that does not look at how close values are"
-            )
+        check_range("margin", self.margin, above=True)
+        check_range("base", self.base)
 
     def initial_state(self, num_envs: int) -> Any:
         return ()
@@ -72,8 +68,7 @@ class RandomSwitch:
     """From 0 to 1: a number, or a schedule over env steps."""
 
     def __post_init__(self):
-        if not 0 <= value_at(self.probability, 0) <= 1:
-            raise ValueError(f"expected a probability from 0 to 1, got {self.probability}")
+        check_range("probability", self.probability, most=1)
 
     def check(self, names: tuple[str, ...]) -> None:
         check_inside((self.one, self.other), names)
@@ -105,8 +100,8 @@ class Switch:
     As an episode opens, one of the reference's last 64 episodes is drawn for it, each as likely.
     While the reference has not ended any, `initial_length` stands for all of them; by default that
     has `after` act from the start, as there is no frontier yet. Where a length is less than
-    `margin`, `after` acts from the start too. `step` and lengths count whole games, also where the
-    mixture draws at each life.
+    `margin`, `after` acts from the start too. A mixture that draws at each life is refused:
+    lengths are those of whole games.
     """
 
     before: Any
@@ -129,10 +124,10 @@ class Switch:
             )
 
     def check(self, names: tuple[str, ...]) -> None:
-        """ValueError where the reference is none of the mixture's names."""
+        """ValueError where the reference is none of those that the mixture ever draws."""
         if self.reference not in names:
             raise ValueError(
-                f"expected a reference that the mixture has, got {self.reference!r} for "
+                f"expected a reference that the mixture draws, got {self.reference!r} for "
                 f"{names}; name one of them, or add Part({self.reference!r}, ...)"
             )
         check_inside((self.before, self.after), names)

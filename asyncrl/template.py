@@ -43,7 +43,7 @@ PRELOADED = [
 GPUS = "/dev/nvidiactl", "/dev/dxg", "/dev/kfd"
 if not any(map(os.path.exists, GPUS)):  # with a GPU, who may say that it will never look at it?
     PRELOADED.append("torch._dynamo")  # PyTorch's optimizers import it at their first step
-IMPORT_SECONDS, REPLY_SECONDS = 120.0, 10.0  # one that takes longer is stuck
+IMPORT_SECONDS, REPLY_SECONDS = 120.0, 2.0  # one that takes longer is stuck
 READY = b"ready"
 MAX_MESSAGE_NBYTES, MAX_FDS = 1 << 16, 200  # in one message; the kernel takes 253 descriptors
 

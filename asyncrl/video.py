@@ -117,6 +117,7 @@ class Row(NamedTuple):
     terminated: np.ndarray
     truncated: np.ndarray
     game_over: np.ndarray
+    goes_on: np.ndarray
     episode_return: np.ndarray
 
 
@@ -150,11 +151,11 @@ class Recorder:
     def best(self, per_env: int) -> Recorded:
         """The best of the first `per_env` games of each environment; of equals the earliest."""
         found = []
-        game_over = np.array([row.game_over for row in self.rows])  # (T, B)
+        game_over = np.array([row.game_over & ~row.goes_on for row in self.rows])  # (T, B)
         for env in range(self._num_envs):
             begin = 0
             for last in np.nonzero(game_over[:, env])[0][:per_env].tolist():
-                score = float(self.rows[last].episode_return[env])
+                score = float(sum(row.episode_return[env] for row in self.rows[begin : last + 1]))
                 found.append(Recorded(env, begin, last + 1, score))
                 begin = last + 2
         return max(found, key=lambda game: (game.score, -game.end))

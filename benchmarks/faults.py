@@ -92,7 +92,7 @@ FAULTS = (
     Fault(29, "updates not finite", "nan batches, nan weights, always",
           "skipped, rolled back, never published or saved; exit 1 if it stays", data.fault_29),
     Fault(30, "GPU out of memory", "CUDA's error in an update, once, always",
-          "tried once more; exit 1 with the remedy", data.fault_30),
+          "tried once more in halves; else a checkpoint, exit 1 with the remedy", data.fault_30),
 )  # fmt: skip
 
 

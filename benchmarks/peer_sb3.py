@@ -1,6 +1,6 @@
-"""Stable-Baselines3 on Breakout, for benchmarks/throughput.py, in an environment of its own.
+"""Stable-Baselines3, for benchmarks/throughput.py, in an environment of its own.
 
-    python benchmarks/peer_sb3.py METRICS_FILE dqn|a2c|ppo [SEED]
+    python benchmarks/peer_sb3.py METRICS_FILE dqn|a2c|ppo|cartpole_ppo [SEED]
 
 Its own Atari wrappers and its own DQN, A2C and PPO. DQN has one environment and epsilon stays at
 0.1: about where a run of full length spends its time. SB3 evaluates no net for a random action, so
@@ -15,7 +15,7 @@ import ale_py
 import gymnasium
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.env_util import make_atari_env
+from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.vec_env import VecFrameStack
 
 SETTINGS = {
@@ -30,9 +30,16 @@ SETTINGS = {
         n_steps=128, batch_size=256, n_epochs=4, learning_rate=2.5e-4, clip_range=0.1,
         ent_coef=0.01,
     ),
+    "cartpole_ppo": dict(
+        n_steps=32, batch_size=64, n_epochs=10, gamma=0.98, gae_lambda=0.8, learning_rate=1e-3,
+        policy_kwargs={"net_arch": [64, 64]},
+    ),
 }  # fmt: skip
-KINDS = {"dqn": (DQN, 1), "a2c": (A2C, 16), "ppo": (PPO, 8)}  # class, environments
-STEPS_A_COUNT = {"dqn": 1, "a2c": 1, "ppo": 4}  # SB3 counts epochs of PPO, not optimizer steps
+KINDS = {  # class, environments
+    "dqn": (DQN, 1), "a2c": (A2C, 16), "ppo": (PPO, 8), "cartpole_ppo": (PPO, 8),
+}  # fmt: skip
+# SB3 counts epochs of PPO, not optimizer steps.
+STEPS_A_COUNT = {"dqn": 1, "a2c": 1, "ppo": 4, "cartpole_ppo": 4}
 
 
 class Rows(BaseCallback):
@@ -58,8 +65,12 @@ def main() -> None:
     path, task = sys.argv[1:3]
     seed = int(sys.argv[3]) if len(sys.argv) > 3 else 1
     kind, num_envs = KINDS[task]
-    env = VecFrameStack(make_atari_env("BreakoutNoFrameskip-v4", n_envs=num_envs, seed=seed), 4)
-    model = kind("CnnPolicy", env, seed=seed, **SETTINGS[task])
+    if task == "cartpole_ppo":
+        policy, env = "MlpPolicy", make_vec_env("CartPole-v1", n_envs=num_envs, seed=seed)
+    else:
+        env = make_atari_env("BreakoutNoFrameskip-v4", n_envs=num_envs, seed=seed)
+        policy, env = "CnnPolicy", VecFrameStack(env, 4)
+    model = kind(policy, env, seed=seed, **SETTINGS[task])
     model.learn(10_000_000, callback=Rows(path, STEPS_A_COUNT[task]))
 
 

@@ -1,14 +1,28 @@
-"""Whole systems on Breakout, learning included, asyncrl beside others on the same machine.
+"""Whole systems, learning included, asyncrl beside others on the same machine.
 
     python benchmarks/throughput.py --task dqn
-    python benchmarks/throughput.py --task ppo
+    python benchmarks/throughput.py --task ppo --systems asyncrl sf plain
 
-One arithmetic for all, with the Nature net. dqn: one vanilla update with a batch of 32 every 4 env
-steps, replay of 100,000. ppo: rollouts of 8 x 128 steps, 4 epochs of 4 minibatches. a2c: rollouts
-of 16 x 5 steps. `sb3` is Stable-Baselines3 as it is usually run; `plain` is a synchronous loop of
-ours in one process with as many environments as asyncrl's actor. The systems take turns in each
-repeat. Measured is from some seconds after the first update on. Stable-Baselines3 gets a virtual
-environment of its own, made at the first use (torch of the same version as here).
+One arithmetic for all: the same net, batch, epochs and number of environments (SB3's DQN has one),
+float32 unless asyncrl and the plain loop find hardware for bfloat16. All but the last are Breakout
+with the Nature net.
+
+dqn           one vanilla update with a batch of 32 every 4 env steps, replay of 100,000
+a2c           rollouts of 16 x 5 steps
+ppo           rollouts of 8 x 128 steps, 4 epochs of 4 minibatches
+impala        rollouts of 32 x 20 steps, one pass; V-trace in asyncrl and RLlib
+cartpole_ppo  rollouts of 8 x 32 steps, 10 epochs of 4 minibatches, two nets of 64 x 64: overhead
+
+Peers are `sb3`, Stable-Baselines3, `sf`, Sample Factory's asynchronous PPO, and `rllib`, RLlib's
+IMPALA, each with its own environments and wrappers, as it is usually run. `plain` is a synchronous
+loop of ours in one process with as many environments; `ideal` is no system, but what env steps,
+asyncrl's net and its updates come to, timed alone on these cores and overlapped perfectly. They
+take turns in each repeat. Measured is from some seconds after the first update on. An env step is a
+decision of the agent, four frames of Atari; samples are transitions learned from, once for each
+time. The best peer is the one with the best median; the plain loop does not count as one.
+
+Each peer gets a virtual environment of its own, made at the first use (torch and ALE of the same
+version as here).
 
 `waiting` says what a process costs that has nothing to do: at the end the learner is stopped
 (SIGSTOP) and the CPU time of the actors counted, and the other way round.
@@ -17,10 +31,8 @@ environment of its own, made at the first use (torch of the same version as here
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import itertools
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,20 +40,17 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from measure import REPOSITORY, Program, Report, arguments, median, memory, train
+from measure import Program, Report, arguments, median, memory
+from peers import PEERS, TASKS, ideal, make_venv, start
 
-SHARED = {"evaluation.period-steps": 0, "learner.log-seconds": 1}
-OPTIONS = {
-    "dqn": {
-        "algorithm.double": False, "model.dueling": False, "algorithm.n-step": 1,
-        "algorithm.batch-size": 32, "algorithm.replay.samples-per-insert": 8,
-        "algorithm.replay.capacity": 100_000, "algorithm.replay.learning-starts": 2_000,
-    } | SHARED,
-    "a2c": SHARED,
-    "ppo": SHARED,
-}  # fmt: skip
-PLAIN = {"dqn": "peer_plain_dqn", "a2c": "peer_plain_on_policy", "ppo": "peer_plain_on_policy"}
-STEPS_AN_UPDATE = {"dqn": 4, "a2c": 80, "ppo": 64}  # optimizer steps
+GOALS = {  # of asyncrl's env steps/s
+    "dqn": {"/ sb3": 2, "/ best peer": 2.6, "/ ideal": 0.85},
+    "a2c": {"/ sb3": 2, "/ best peer": 2.7, "/ ideal": 0.85},
+    "ppo": {"/ sb3": 2, "/ best peer": 3, "/ plain": 0.95},
+    "impala": {"/ best peer": 5},
+    "cartpole_ppo": {"/ best peer": 2},
+}
+MAX_PSS = {"ppo": 1000}  # MB
 SETTLE_SECONDS, START_SECONDS = 5.0, 300.0  # from the first update on; until it
 
 
@@ -79,20 +88,6 @@ def cpu_seconds(process: psutil.Process) -> float:
     return times.user + times.system
 
 
-def make_venv(folder: Path) -> Path:
-    """A Python with Stable-Baselines3 in it, and the same torch and ALE as here."""
-    python = folder / "bin" / "python"
-    check = [python, "-c", "import stable_baselines3, ale_py, cv2"]
-    if not python.exists() or subprocess.run(check, capture_output=True).returncode:
-        version, same = importlib.metadata.version, ("torch", "ale-py", "numpy")
-        same = [f"{name}=={version(name).partition('+')[0]}" for name in same]
-        print(f"making {folder} with stable-baselines3, {', '.join(same)}", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        packages = ["stable-baselines3", "opencv-python-headless", *same]
-        subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
-    return python
-
-
 def cost_of_waiting(tree: Tree, stopped: str, waiting: str, seconds: float = 4) -> float:
     """% of a core that a role uses while another one is stopped, once it has run out of work.
 
@@ -118,8 +113,24 @@ def cost_of_waiting(tree: Tree, stopped: str, waiting: str, seconds: float = 4) 
             time.sleep(1)  # a heartbeat, before the supervisor looks
 
 
-def measure(name: str, program: Program, seconds: float) -> dict[str, float]:
-    """One system from its start to the end of its measurement."""
+def whole_rounds(rows: list[dict], begin: float) -> list[dict]:
+    """Rows from a time on to measure between: one that has new env steps, with updates since the
+    one before. Env steps come in unrolls, and some systems do nothing but learn for a while."""
+    found, updates = [], 0
+    for old, row in itertools.pairwise(rows):
+        if row["time"] < begin:
+            updates = row["updates"]
+        elif row["env_steps"] > old["env_steps"] and row["updates"] > updates:
+            found.append(row)
+            updates = row["updates"]
+    return found
+
+
+def measure(name: str, program: Program, seconds: float, batch: int = 0) -> dict[str, float]:
+    """One system from its start to the end of its measurement.
+
+    `batch`: transitions an update learns from, where those are to be counted.
+    """
     tree, samples = Tree(program.process.pid), []
     first_update = None
     try:
@@ -131,10 +142,7 @@ def measure(name: str, program: Program, seconds: float) -> dict[str, float]:
                 if time.time() - program.begun > START_SECONDS:
                     raise RuntimeError(f"{name}: no update in {START_SECONDS:.0f} s")
             else:
-                # Env steps come in unrolls: from a row that has new ones to another such row.
-                fresh = [row for old, row in itertools.pairwise(rows)
-                         if row["env_steps"] > old["env_steps"]
-                         and row["time"] >= first_update + SETTLE_SECONDS]  # fmt: skip
+                fresh = whole_rounds(rows, first_update + SETTLE_SECONDS)
                 if fresh and fresh[-1]["time"] - fresh[0]["time"] >= seconds:
                     begin, end = fresh[0], fresh[-1]
                     break
@@ -142,9 +150,12 @@ def measure(name: str, program: Program, seconds: float) -> dict[str, float]:
         times, cpu = zip(*samples, strict=True)
         used = np.interp([begin["time"], end["time"]], times, cpu)
         env_steps, wall = end["env_steps"] - begin["env_steps"], end["time"] - begin["time"]
+        updates = end["updates"] - begin["updates"]
         result = {
             "env steps/s": env_steps / wall,
-            "env steps an update": env_steps / max(end["updates"] - begin["updates"], 1),
+            "updates/s": updates / wall,
+            **({"samples/s": updates * batch / wall} if batch else {}),
+            "env steps an update": env_steps / max(updates, 1),
             "CPU s / 1000 env steps": 1e3 * (used[1] - used[0]) / env_steps,
             "cores busy": (used[1] - used[0]) / wall,
             "peak PSS, MB": tree.peak_pss / 1e6,
@@ -157,52 +168,75 @@ def measure(name: str, program: Program, seconds: float) -> dict[str, float]:
         program.stop()
 
 
+def add_ratios(rows: dict[str, dict]) -> str:
+    """Columns of env steps/s relative to others in the same repeat; returns the best peer."""
+    rates = {name: row["env steps/s"] for name, row in rows.items()}
+    peers = [name for name in rates if name in PEERS]
+    best = max(peers, key=lambda name: median(rates[name]), default="")
+    others = {"sb3": "sb3", "best peer": best, "plain": "plain", "ideal": "ideal"}
+    for what, other in others.items():
+        for name, row in rows.items():
+            if other in rates:
+                pairs = zip(rates[name], rates[other], strict=True)
+                row[f"/ {what}"] = [mine / its for mine, its in pairs]
+    return best
+
+
 def main() -> None:
     parser = arguments(__doc__, repeats=5)
     parser.add_argument("--seconds", type=float, default=60, help="of each measurement")
-    systems = ["asyncrl", "sb3", "plain"]
-    parser.add_argument("--task", choices=list(OPTIONS), default="dqn")
-    parser.add_argument("--systems", nargs="+", choices=systems, default=systems)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    parser.add_argument("--peers-venv", type=Path, default=cache / "asyncrl-benchmarks" / "sb3")
+    parser.add_argument("--task", choices=list(TASKS), default="dqn")
+    systems = ["asyncrl", *PEERS, "plain", "ideal"]
+    parser.add_argument("--systems", nargs="+", choices=systems, help="default: all of the task")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "asyncrl-benchmarks"
+    for name in PEERS:
+        parser.add_argument(f"--{name}-venv", type=Path, default=cache / name)
     options, rest = parser.parse_known_args()  # the rest are options of asyncrl
-    python = make_venv(options.peers_venv.absolute()) if "sb3" in options.systems else None
+    task = TASKS[options.task]
+    chosen = options.systems or ["asyncrl", *task.peers, "plain", "ideal"]
+    if unknown := {name for name in chosen if name in PEERS} - set(task.peers):
+        parser.error(f"{options.task} is not written for {', '.join(sorted(unknown))}")
+    folders = {name: getattr(options, f"{name}_venv") for name in chosen if name in PEERS}
+    pythons = {name: make_venv(name, folder.absolute()) for name, folder in folders.items()}
     report = Report("throughput", options)
-    results: dict[str, list[dict]] = {name: [] for name in options.systems}
+    results: dict[str, list[dict]] = {name: [] for name in chosen}
+    limits = []
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(options.repeats):
-            for name in options.systems:
+            for name in chosen:
                 runs = Path(folder) / f"{name}_{repeat}"
                 runs.mkdir()
-                if name == "asyncrl":
-                    changed = OPTIONS[options.task].items()
-                    words = [word for k, v in changed for word in (f"--{k}", v)]
-                    launch = f"launch/breakout_{options.task}.py"
-                    program = train(launch, name, runs, *words, *rest)
+                if name == "ideal":
+                    result, limit = ideal(options.task, runs, rest)
+                    limits.append(limit)
                 else:
-                    interpreter = python if name == "sb3" else sys.executable
-                    script = PLAIN[options.task] if name == "plain" else "peer_sb3"
-                    script = REPOSITORY / "benchmarks" / f"{script}.py"
-                    command = [interpreter, script, runs / "rows", options.task, repeat + 1]
-                    program = Program(command, runs / "log", runs / "rows")
-                results[name].append(result := measure(name, program, options.seconds))
+                    program = start(name, options.task, runs, repeat + 1, pythons, rest)
+                    result = measure(name, program, options.seconds, task.batch)
+                results[name].append(result)
                 print(f"{repeat + 1} {name}: {result['env steps/s']:.1f}", file=sys.stderr)
-    rows, title = [], f"Breakout, {options.task}"
-    for name, found in results.items():
-        columns = {key: [result[key] for result in found] for key in found[0]}
-        if "sb3" in results:
-            pairs = zip(found, results["sb3"], strict=True)
-            columns["/ sb3"] = [mine["env steps/s"] / its["env steps/s"] for mine, its in pairs]
-        rows.append({title: name} | columns)
-    waiting = [{key: row.pop(key) for key in list(row) if "waiting" in key} for row in rows]
-    report.table(rows)
-    for row, costs in zip(rows, waiting, strict=True):
-        expected = STEPS_AN_UPDATE[options.task]
-        if abs(median(row["env steps an update"]) / expected - 1) > 0.05:
-            report.note(f"{row[title]} did not do one update every {expected} env steps")
-        if row[title] == "asyncrl" and "/ sb3" in row:
-            report.goal("asyncrl / Stable-Baselines3, env steps/s", row["/ sb3"], at_least=2)
-        for what, percent in costs.items():
+    columns = {name: {key: [result[key] for result in found] for key in found[0]}
+               for name, found in results.items()}  # fmt: skip
+    best = add_ratios(columns)
+    waiting = {key: columns["asyncrl"].pop(key) for key in list(columns.get("asyncrl", {}))
+               if "waiting" in key}  # fmt: skip
+    report.table([{options.task: name} | row for name, row in columns.items()])
+    if best:
+        report.note(f"best peer: {best}")
+    if limits:
+        report.note(f"the ideal: {limits[len(limits) // 2]}")
+    for name, row in columns.items():
+        each = task.env_steps
+        if name != "ideal" and abs(median(row["env steps an update"]) / each - 1) > 0.05:
+            report.note(f"{name} did not do one update every {each:g} env steps")
+    if "asyncrl" in columns:
+        mine = columns["asyncrl"]
+        for what, at_least in GOALS[options.task].items():
+            if what in mine:
+                report.goal(f"asyncrl {what}, env steps/s", mine[what], at_least=at_least)
+        if options.task in MAX_PSS:
+            pss = mine["peak PSS, MB"]
+            report.goal("peak memory of the tree", pss, at_most=MAX_PSS[options.task], unit=" MB")
+        for what, percent in waiting.items():
             report.goal(f"nobody spins: {what}", percent, at_most=2)
     report.finish()
 

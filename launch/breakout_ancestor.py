@@ -2,16 +2,22 @@
 
     ./run_main.sh ancestor launch/breakout_ancestor.py                    LSTM + stack, its best
     ./run_main.sh ancestor_lstm launch/breakout_ancestor.py --profile lstm        or stack, or plain
-    ./run_main.sh ancestor_home launch/breakout_ancestor.py --profile home        or home_lstm, ...
 
 Its environment, its mix (greedy, greedy that explores near the end of its recent lives, epsilon
 0.1) and its hyper-parameters: 7.5 million updates of 64 sequences, 7.5 env steps each. `plain` is
 feed-forward without a stack. What differs: a layer of 512 lies between convolutions and LSTM.
 
-An episode is a life. The ancestor's measure is 5 x mean return of the greedy policy. Evaluations
-here play 10 lives in each of 5 environments, two whole games, so that this is the mean score of a
-game as well; `asyncrl eval RUN --epsilon 0 --episodes 150` plays 30 games. Its figure, one seed:
-LSTM + stack 742, LSTM 634, stack 568, plain 14.
+An episode is a life, five are a game. The ancestor's measure is 5 x mean return of a life of the
+greedy policy: `asyncrl eval RUN --epsilon 0` tells it beside the score of whole games, and so do
+evaluations beside training (`eval/life_score`, `eval/return`). Its figure, over the lives that the
+greedy policy plays in training, is that of one seed: LSTM + stack 742, LSTM 634, stack 568, plain
+14. The same figure of the four small ones:
+
+    ./run_main.sh home launch/breakout_ancestor.py --profile home
+    ./run_main.sh home_lstm launch/breakout_ancestor.py --profile home_lstm
+    ./run_main.sh home_stack launch/breakout_ancestor.py --profile home_stack
+    ./run_main.sh home_plain launch/breakout_ancestor.py --profile home_plain
+    asyncrl plot home home_lstm home_stack home_plain --policy greedy --lives 5
 
 Hardware: one GPU and 8 or more cores, 12 GB of memory. Profiles home*: 2 cores, 4 GB, no GPU.
 Score: no run of the full length was made yet.
@@ -90,7 +96,7 @@ plain = Config(
         ),
     ),
     actor=ActorConfig(lanes_per_actor=2, envs_per_lane=8, unroll_length=UNROLL_LENGTH),
-    evaluation=EvaluationConfig(period_steps=500_000, num_episodes=50, num_envs=5, epsilon=0.0),
+    evaluation=EvaluationConfig(period_steps=500_000, num_episodes=10, num_envs=5, epsilon=0.0),
     total_env_steps=56_250_000,
 )
 stack = variant(plain, frame_stack=4, lstm=0, length=8)
@@ -111,7 +117,7 @@ home_plain = replace(
         ),
     ),
     actor=ActorConfig(lanes_per_actor=2, envs_per_lane=4, unroll_length=UNROLL_LENGTH),
-    evaluation=EvaluationConfig(period_steps=100_000, num_episodes=50, num_envs=5, epsilon=0.0),
+    evaluation=EvaluationConfig(period_steps=100_000, num_episodes=10, num_envs=5, epsilon=0.0),
     total_env_steps=1_000_000,
 )
 home_stack = variant(home_plain, frame_stack=3, lstm=0, length=5)

@@ -14,7 +14,7 @@ from asyncrl.algorithms import actor_critic as ac
 from asyncrl.algorithms.a2c import A2CConfig, a2c_loss
 from asyncrl.algorithms.distributions import entropy, log_prob
 from asyncrl.algorithms.ppo import PPOConfig, ppo_loss, value_loss
-from asyncrl.policies import Linear
+from asyncrl.schedules import Linear
 from asyncrl.stores.rollout import Rollout
 from asyncrl.types import Spec
 from tests.streams import make_spec
@@ -338,7 +338,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(when, bad, config, optimizer)
     if isinstance(config, PPOConfig):  # one minibatch, so that every step meets it
         one.config = replace(config, num_minibatches=1)
     before = deepcopy(one.state_dict())
-    assert one.update(Given(rollout._replace(reward=reward)))["loss/skipped"] == 1
+    assert one.update(Given(rollout._replace(reward=reward)))["loss/skipped"].all()
     for name, tensor in one.model.state_dict().items():
         assert torch.equal(tensor, before["model"][name])
     for index, moments in before["optimizer"]["moments"].items():
@@ -348,10 +348,43 @@ def test_a_loss_that_is_not_finite_changes_nothing(when, bad, config, optimizer)
     if isinstance(config, PPOConfig):
         one.generator.set_state(other.generator.get_state())
     given = Given(random_rollout(rng))
-    assert one.update(given)["loss/skipped"] == other.update(given)["loss/skipped"] == 0
+    for algorithm in (one, other):
+        assert not algorithm.update(given)["loss/skipped"].any()
     for name, tensor in one.model.state_dict().items():  # as if it had never been
         assert torch.equal(tensor, other.model.state_dict()[name])
         assert not torch.equal(tensor, before["model"][name])
+
+
+@pytest.mark.parametrize("minibatch_of", ["steps", "sequences"])
+def test_minibatches_that_are_cut_for_want_of_memory_teach_the_same(minibatch_of):
+    """The stand-in's memory ends in the middle of an epoch, twice."""
+    config = replace(PPO, minibatch_of=minibatch_of, num_minibatches=2, clip_value=0.2,
+                     learning_rate=1e-3)  # fmt: skip
+    one, other = built(config), built(config)
+    rollout, rng = random_rollout(np.random.default_rng(0)), one.generator.get_state()
+    columns = (N if minibatch_of == "sequences" else T * N) // 2
+    room = iter([columns] * 3 + [columns // 2] * 5)
+    seen = []
+
+    def look(module, inputs):
+        width = inputs[1].shape[1]
+        if torch.is_grad_enabled():
+            seen.append(width)
+            if width > next(room, columns // 4):
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    one.model.register_forward_pre_hook(look)
+    for _ in range(3):
+        metrics = one.update(Given(rollout)), other.update(Given(rollout))
+        assert metrics[0].keys() == metrics[1].keys() | {"loss/parts"}
+        for name, value in metrics[1].items():
+            torch.testing.assert_close(metrics[0][name], value, rtol=1e-4, atol=1e-5)
+    assert one.updates == other.updates == 24
+    assert metrics[0]["loss/parts"] == one.descend.parts == 4
+    assert sorted(set(seen)) == sorted({columns, columns // 2, columns // 4})
+    assert seen.count(columns) == 4 and not torch.equal(one.generator.get_state(), rng)
+    for name, tensor in one.model.state_dict().items():
+        torch.testing.assert_close(tensor, other.model.state_dict()[name], rtol=0, atol=1e-5)
 
 
 def test_on_policy_v_trace_is_the_full_return():

@@ -5,10 +5,13 @@ from __future__ import annotations
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 import asyncrl.example_envs
 from asyncrl.env_config import EnvConfig
 from asyncrl.envs import make_envs
+from asyncrl.evaluate import first_seed, play_games, summarise, table
+from asyncrl.video import Recorder
 
 ale_py = pytest.importorskip("ale_py")
 gym.register_envs(ale_py)
@@ -125,8 +128,8 @@ def test_in_a_group_each_life_is_an_episode_and_five_are_a_game(vectorization):
     for env, single in enumerate(singles):
         assert np.array_equal(obs[env], single.reset(seed=11 + env)[0])
     rng, lengths = np.random.default_rng(0), np.zeros(2, int)
-    resets, ended = np.zeros(2, bool), 0
-    for _ in range(150):
+    resets, ended, games = np.zeros(2, bool), 0, 0
+    for _ in range(250):
         action = rng.integers(3, size=2)
         envs.send(action)
         step = envs.recv()
@@ -140,7 +143,51 @@ def test_in_a_group_each_life_is_an_episode_and_five_are_a_game(vectorization):
             assert np.array_equal(step.obs[env], expected)
             assert (step.reward[env], step.terminated[env]) == (reward, terminated)
             assert step.episode_length[env] == (lengths[env] if terminated else 0)
+            lives = single.unwrapped.ale.lives()
+            assert step.game_over[env] == terminated
+            assert step.goes_on[env] == (terminated and lives > 0)
+            games += terminated and lives == 0
             lengths[env] *= not terminated
             resets[env], ended = terminated, ended + terminated
     envs.close()
-    assert ended >= 6
+    assert ended >= 6 and games >= 1
+
+
+class Stays(torch.nn.Module):
+    """Likes all actions alike, and so takes the first: it stands still."""
+
+    def initial_state(self, num_envs):
+        return {}
+
+    def forward(self, obs, first, state):
+        return {"q": torch.zeros(*first.shape, 3)}, state
+
+
+def test_an_evaluation_tells_lives_and_whole_games():
+    """Each game is five lives of a single environment, and five times a life is the mean score."""
+    config = EnvConfig(NAME, kwargs={"stall_steps": 40})
+    envs, recorder = make_envs(config, 2), Recorder(config, 2, seed=3)
+    games = play_games(Stays(), envs, 4, 3, epsilon=0.5, on_step=recorder)
+    envs.close()
+    env, rows, expected = gym.make(NAME, stall_steps=40), iter(recorder.rows), []
+    env.reset(seed=first_seed(3))
+    for _ in range(2):
+        lives, length = [0.0], 0
+        for row in rows:
+            _, reward, terminated, _, info = env.step(int(row.action[0]))
+            lives[-1], length = lives[-1] + reward, length + 1
+            if terminated:
+                next(rows)  # the reset step
+                env.reset()
+                if info["lives"] == 0:
+                    break
+                lives.append(0.0)
+        expected.append((sum(lives), length, tuple(lives), False))
+    assert len(games) == 4 and all(len(game.lives) == 5 for game in games)
+    assert set(expected) <= set(games) and sum(game.score for game in games) > 0
+    means = summarise(games)
+    assert means["eval/life_score"] == pytest.approx(5 * means["eval/life_return"])
+    assert means["eval/life_score"] == pytest.approx(means["eval/return"])
+    words = dict(table(games, config.resolved()))["per life"]
+    assert words.endswith(f"; 5 x per life = {means['eval/return']:.2f}")
+    assert recorder.best(2).score == max(game.score for game in games)

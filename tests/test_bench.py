@@ -105,6 +105,10 @@ def test_refusals(quickly, launch_file, capsys):
     assert "expected a launch file, got nowhere.py" in capsys.readouterr().err
     assert cli.main(["bench", str(launch_file), "--env.id", "CartPol-v1"]) == 2
     assert "did you mean CartPole-v1" in capsys.readouterr().err
+    for source, words in (("1 / 0", "(line 1) cannot be used: Zero"), ("exit(0)", "it calls exit")):
+        launch_file.write_text(source)
+        assert cli.main(["bench", str(launch_file)]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_auto_is_measured_once_and_kept(launch_file, start):

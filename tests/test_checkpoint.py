@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -408,8 +409,56 @@ def test_a_save_stands_even_if_pruning_is_refused(tmp_path, monkeypatch):
     save(checkpoints, 1)
     monkeypatch.setattr(shutil, "rmtree", failing(errno.EACCES))
     save(checkpoints, 2)
-    assert "Permission denied" in checkpoints.rejected[0][1]
+    assert checkpoints.leftovers == [
+        ".checkpoint_000000000001.tmp could not be removed: [Errno 13] Permission denied"
+    ]
     assert_is(checkpoints.newest_valid(), 2)
+    monkeypatch.undo()
+    save(checkpoints, 3)
+    assert checkpoints.leftovers == hidden(tmp_path) == []
+
+
+def test_what_is_no_folder_is_removed_like_one(tmp_path):
+    checkpoints, elsewhere = Checkpoints(tmp_path / "a", keep=2), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "file").write_text("mine")
+    for number in (1, 2, 3):
+        save(checkpoints, number)
+    shutil.rmtree(checkpoints.folder / "checkpoint_000000000002")
+    (checkpoints.folder / "checkpoint_000000000002").write_text("not a folder")
+    (checkpoints.folder / ".checkpoint_000000000009.tmp").symlink_to(elsewhere)
+    (checkpoints.folder / "checkpoint_000000000005").symlink_to(tmp_path / "nowhere")
+    for number in (4, 5, 6):
+        save(checkpoints, number)
+        assert checkpoints.leftovers == hidden(checkpoints.folder) == []
+    left = sorted(path.name for path in checkpoints.folder.iterdir())
+    assert left == ["checkpoint_000000000005", "checkpoint_000000000006"]
+    assert (elsewhere / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_a_leftover_that_cannot_be_removed_stops_no_save_of_another_name(
+    tmp_path, monkeypatch, best
+):
+    checkpoints, rmtree = Checkpoints(tmp_path, keep=1), shutil.rmtree
+    save(checkpoints, 2, best=True)
+    stuck = tmp_path / (".best.old" if best else ".checkpoint_000000000001.tmp")
+    stuck.mkdir()
+
+    def busy(path, *args, **kwargs):
+        if Path(path) == stuck:
+            raise OSError(errno.EBUSY, "held")
+        rmtree(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    for number in (3, 4):
+        save(checkpoints, number)
+        assert_is(checkpoints.newest_valid(), number)
+    checkpoints.clean(best)
+    assert checkpoints.leftovers == [f"{stuck.name} could not be removed: [Errno 16] held"]
+    assert hidden(tmp_path) == [stuck.name]
+    visible = sorted(path.name for path in tmp_path.iterdir() if path != stuck)
+    assert visible == ["best", "checkpoint_000000000004"]
 
 
 def test_clean_refuses_what_cannot_be_written(tmp_path, monkeypatch):
@@ -590,6 +639,21 @@ def test_a_segment_lives_as_long_as_a_kept_manifest_lists_it(tmp_path):
     append(again, 10)
     assert contents(writer.folder, again.flush()) == [3, 10]
     again.close()
+
+
+def test_segments_of_invalid_checkpoints_do_not_stand_for_those_of_valid_ones(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=5)
+    names = [f"segment_{number:012d}.bin" for number in range(5)]
+    for number, name in enumerate(names):
+        save(checkpoints, number, segments=[segment_entry(file=name)])
+    assert checkpoints.listed_segments(newest=2) == set(names[3:])
+    for number in (3, 4):
+        (tmp_path / f"checkpoint_{number:012d}" / "state.json").write_text("")
+    again = Checkpoints(tmp_path)
+    assert_is(again.newest_valid(), 2)
+    assert again.listed_segments(newest=1) == {names[2]}
+    assert again.listed_segments(newest=2) == set(names[1:3])
+    assert again.listed_segments() == set(names[:3])
 
 
 @pytest.mark.parametrize("damage", [*DAMAGE, "missing"])

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from asyncrl import cli, folder, supervisor
-from asyncrl.folder import RunFolder
+from asyncrl import cli, folder, memory, supervisor
+from asyncrl.folder import Refused, RunFolder
 from asyncrl.plan import Plan, prepare
 from tests.runs import REPOSITORY
 
@@ -96,7 +102,7 @@ REFUSED_OPTIONS = [
     ("--algorithm.gama 0.9", "--algorithm.gamma"),
     ("--actors 3", "--actor.num-actors"),
     ("--seed much", "much"),
-    ("--seed -1", "expected seed >= 0, got -1"),
+    ("--seed -1", "expected seed from 0 to 2**63 - 1, got -1"),
     ("--schedule lockstp", "lockstep"),
     ("--total-env-steps 0", "expected total_env_steps >= 1, got 0"),
     ("--profile shado", "define a Config named 'shado', got config, shadow; did you mean 'shadow'"),
@@ -108,6 +114,19 @@ REFUSED_OPTIONS = [
         "--algorithm.replay.capacity 15",
         "expected a replay capacity of at least one unroll of every lane, 16 env steps, got 15",
     ),
+    (
+        "--algorithm.sequence-length 1300 --algorithm.batch-size 1 "
+        "--algorithm.replay.learning-starts 1300",
+        "expected a replay capacity of at least 325 unrolls of every lane, 5200 env steps, got "
+        "5000: a draw looks 1300 rows ahead",
+    ),
+    (
+        "--algorithm.sequence-length 3 --algorithm.burn-in 2",
+        "expected burn_in=0 for a model without a memory, got 2",
+    ),
+    ("--algorithm.burn-in 2", "expected sequence_length of at least 1 with burn_in"),
+    ("--model.lstm 4", "expected sequence_length of at least 1 for a model with a memory, got 0"),
+    ("--algorithm.rollout.max-lag 3", "--algorithm.rollout.max-lag"),
     ("--algorithm.replay.capacity 1000000000000", "GB replay"),
     ("--actor.num-actors 200 --actor.envs-per-lane 1", "GB 201 processes of about 300 MB"),
 ]
@@ -167,9 +186,44 @@ def test_memory_is_refused_with_the_arithmetic(in_this_process, runs, launch_fil
             "expected a RolloutConfig for rollout, got ReplayConfig: on-policy algorithms learn",
         ),
         (
+            "from asyncrl import *\n"
+            "later = Piecewise((500, 900), (1.0, 0.0, 1.0))\n"
+            "policy = Mixture((Part('one', Greedy(), later), Part('other', Random(), 0.0)))\n"
+            "config = Config(EnvConfig('CartPole-v1'), policy=policy)",
+            "expected finite weights >= 0 with a sum > 0, got [0.0, 0.0] for ('one', 'other') at "
+            "500 env steps",
+        ),
+        (
+            "from asyncrl import *\n"
+            "far = Switch(Greedy(), Random(), 'x')\n"
+            "policy = Mixture((Part('own', Greedy()), Part('far', far)))\n"
+            "config = Config(EnvConfig('CartPole-v1'), policy=policy)",
+            "got 'x' for ('own', 'far'); name one of them, or add Part('x', ...)",
+        ),
+        (
+            "from asyncrl import *\n"
+            "config = Config(EnvConfig('CartPole-v1'), policy=Switch(Greedy(), Random(), 'x'))",
+            "got 'x' for ('Switch',); name one of them, or add Part('x', ...)",
+        ),
+        (
+            "from asyncrl import *\n"
+            "algorithm = A2CConfig(rollout=ReplayConfig(priority_exponent=0.6))\n"
+            "config = Config(EnvConfig('CartPole-v1'), algorithm=algorithm)",
+            "expected a RolloutConfig for rollout, got ReplayConfig: on-policy algorithms learn "
+            "from each unroll once, in order; a replay, uniform or prioritised, is DQNConfig's",
+        ),
+        (
+            "from asyncrl import *\n"
+            "algorithm = DQNConfig(replay=RolloutConfig())\n"
+            "config = Config(EnvConfig('CartPole-v1'), algorithm=algorithm)",
+            "expected replay to be a ReplayConfig, got RolloutConfig",
+        ),
+        (
             LAUNCH_FILE.replace('"CartPole-v1"', '"tests.counting_env:make_one"'),
             "make_one",
         ),
+        ("import sys\nsys.exit(0)", "(line 2) cannot be used: expected it to go on, but it calls"),
+        ("exit('enough')", "(line 1) cannot be used: expected it to go on, but it calls exit"),
     ],
 )
 def test_launch_files_that_cannot_work(in_this_process, runs, launch_file, capfd, source, expected):
@@ -184,11 +238,60 @@ def test_a_launch_file_that_is_not_there(runs, capfd):
     assert not runs.exists()
 
 
-@pytest.mark.parametrize("run_id", ["a/b", "..", "", " ", "-x ", "käse"])
-def test_run_ids_that_are_no_folder_names(runs, launch_file, capfd, run_id):
-    message = refusal(capfd, "train", launch_file, run_id)
-    assert "expected RUN_ID" in message or "expected a run id of letters" in message
+@pytest.mark.parametrize("command", ["train", "doctor"])
+@pytest.mark.parametrize("run_id", ["a/b", "../../etc", "..", "", " ", "-x ", "käse", "x" * 300])
+def test_run_ids_that_are_no_folder_names(runs, launch_file, capfd, command, run_id):
+    message = refusal(capfd, command, launch_file, run_id)
+    assert "expected RUN_ID" in message or "expected a run id of at most 200 letters" in message
     assert not runs.exists()
+
+
+class Child:
+    """In place of the Python that prepares a run: a shell that runs a script."""
+
+    def __init__(self, path: Path, monkeypatch):
+        self.path, self.monkeypatch = path, monkeypatch
+
+    def prepares(self, script: str, *options: str) -> int:
+        """The status that the attempt ends with."""
+        self.path.write_text(f"#!/bin/sh\n{script}\n")
+        self.path.chmod(0o755)
+        stand_in = SimpleNamespace(executable=str(self.path), stderr=sys.stderr)
+        self.monkeypatch.setattr(folder, "sys", stand_in)
+        with pytest.raises(SystemExit) as exit:
+            folder.prepare_in_child(Path("launch.py"), Path("launch.py"), list(options))
+        return exit.value.code
+
+
+@pytest.fixture
+def child(tmp_path, monkeypatch):
+    return Child(tmp_path / "python", monkeypatch)
+
+
+def test_a_preparation_that_ends_without_a_plan_says_why(child, capfd):
+    assert child.prepares("kill -9 $$") == 1
+    assert "was ended by SIGKILL" in capfd.readouterr().err
+    assert child.prepares("exit 0") == 2
+    assert "expected launch.py to define a Config, but it ended" in capfd.readouterr().err
+    assert child.prepares("exit 0", "--help") == 0
+    assert child.prepares("exit 2") == 2
+    assert child.prepares("kill -15 $$") == 143
+    assert not capfd.readouterr().err
+
+
+def test_a_preparation_that_hangs_is_told_and_given_up_with_its_stacks(child, monkeypatch, capfd):
+    monkeypatch.setattr(folder, "WORD_SECONDS", 0.1)
+    code = "import faulthandler, time; faulthandler.enable(); time.sleep(0.5)"
+    assert child.prepares(f"exec {sys.executable} -c '{code}'") == 2
+    told = capfd.readouterr().err
+    assert "still waiting: libraries are imported, launch.py is" in told
+    assert "given up after 300 s" in told
+    monkeypatch.setattr(folder, "PREPARE_SECONDS", 4.0)
+    monkeypatch.setattr(folder, "STACK_SECONDS", 30.0)
+    assert child.prepares(f"exec {sys.executable} -c '{code.replace('0.5', '600')}'") == 2
+    told = capfd.readouterr().err
+    assert "Fatal Python error: Aborted" in told and 'File "<string>", line 1 in' in told
+    assert "to be made, within 4 s, got none; the stacks above show" in told
 
 
 def test_runs_that_cannot_be_written(in_this_process, tmp_path, launch_file, monkeypatch, capfd):
@@ -221,6 +324,161 @@ def test_a_resume_with_another_configuration(in_this_process, runs, launch_file,
         (runs / "x" / name).write_text(content)
         message = refusal(capfd, "train", launch_file, "x")
         assert f"expected {runs / 'x' / name} as the run wrote it, got" in message
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """By somebody else."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def begin(runs: Path, launch_file: Path, *options: str) -> dict[Path, bytes]:
+    """A run that was begun and is not running; its files."""
+    with RunFolder(runs / "x") as run:
+        run.begin(run.prepare(launch_file, list(options)))
+    return {path: path.read_bytes() for path in (runs / "x").iterdir() if path.is_file()}
+
+
+def test_a_lock_file_that_is_deleted_frees_nothing(in_this_process, runs, launch_file, capfd):
+    with RunFolder(runs / "x") as run:
+        run.begin(run.prepare(launch_file, []))
+        (runs / "x" / "lock").unlink()
+        assert "to be free, but another process holds" in refusal(capfd, "train", launch_file, "x")
+        assert run.keep() is None
+        assert f"but process {os.getpid()} (since" in refusal(capfd, "train", launch_file, "x")
+    assert folder.holder(runs / "x") is None
+
+
+def test_a_run_folder_that_vanishes_comes_back_locked(in_this_process, runs, launch_file, capfd):
+    names = {"launch.py", "launch.json", "plan.json", "config.json"}
+    with RunFolder(runs / "x") as run:
+        run.begin(run.prepare(launch_file, []))
+        before = {name: (runs / "x" / name).read_bytes() for name in names}
+        shutil.rmtree(runs)
+        (runs / "x" / "checkpoints").mkdir(parents=True)  # as the learner makes it
+        assert run.keep() is None
+        assert before == {name: (runs / "x" / name).read_bytes() for name in names}
+        assert f"but process {os.getpid()} (since" in refusal(capfd, "train", launch_file, "x")
+        (runs / "x" / "plan.json").unlink()
+        (runs / "x").rename(runs / "y")  # is free from the next look on
+        assert run.keep() is None and folder.holder(runs / "y") is None
+        assert (runs / "x" / "plan.json").exists() and folder.holder(runs / "x")
+        assert not (runs / "y" / "plan.json").exists()
+
+
+def test_a_run_folder_that_another_run_has_taken(in_this_process, runs, launch_file, monkeypatch):
+    with RunFolder(runs / "x") as run:
+        run.begin(run.prepare(launch_file, []))
+        (runs / "x").rename(runs / "y")
+        (runs / "x").mkdir()
+        with locked(runs / "x"):
+            assert run.keep() is None  # perhaps for an instant only
+            monkeypatch.setattr(folder, "STRANGER_SECONDS", 0.0)
+            assert f"another process holds {runs / 'x'} now" in run.keep()
+            (runs / "x" / "lock").write_bytes(run.words)
+            assert run.keep() is None  # it is this process itself, by another inode
+            (runs / "x" / "lock").unlink()
+        assert not list((runs / "x").iterdir())
+        (runs / "x" / "config.json").write_text("{}")
+        assert f"another run is in {runs / 'x'} now" in run.keep()
+        assert os.path.samefile(run.own_place, runs / "y")
+
+
+def test_a_run_that_another_start_has_begun_meanwhile(in_this_process, runs, launch_file):
+    with RunFolder(runs / "x") as slow:
+        plan = slow.prepare(launch_file, ["--algorithm.gamma", "0.5"])
+        files = begin(runs, launch_file)
+        with pytest.raises(Refused, match="expected run x to be new, but another process has"):
+            slow.begin(plan)
+    for path, content in files.items():
+        assert path.name == "lock" or path.read_bytes() == content
+
+
+def test_a_run_that_has_lost_its_launch_json_is_compared(in_this_process, runs, launch_file, capfd):
+    begin(runs, launch_file, "--seed", "3")
+    (runs / "x" / "launch.json").unlink()
+    (runs / "x" / "launch.py").unlink()  # what is given is compared
+    message = refusal(capfd, "train", launch_file, "x", "--algorithm.gamma", "0.9")
+    assert "algorithm.gamma: 0.99 -> 0.9" in message and "seed: " not in message
+    begin(runs, launch_file)
+    assert (runs / "x" / "launch.py").read_text() == LAUNCH_FILE
+    for name in ("launch.json", "config.json"):
+        (runs / "x" / name).unlink()
+    message = refusal(capfd, "train", launch_file, "x")  # there are checkpoints
+    assert f"expected {runs / 'x' / 'config.json'} as the run wrote it, got FileNotFound" in message
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("launch.json", {"file": "launch.py", "options": 5}),
+        ("launch.json", {"file": "launch.py", "options": [5]}),
+        ("launch.json", {"file": None, "options": []}),
+        ("launch.json", 5),
+        ("config.json", {"config": 5}),
+    ],
+)
+def test_files_of_a_run_that_say_something_else(
+    in_this_process, runs, launch_file, capfd, name, content
+):
+    begin(runs, launch_file)
+    (runs / "x" / name).write_text(json.dumps(content))
+    message = refusal(capfd, "train", launch_file, "x")
+    assert f"expected {runs / 'x' / name} as the run wrote it, got TypeError: " in message
+
+
+def test_a_file_in_the_place_of_the_checkpoints(in_this_process, runs, launch_file, capfd):
+    begin(runs, launch_file)
+    (runs / "x" / "checkpoints").rmdir()
+    (runs / "x" / "checkpoints").write_text("")
+    message = refusal(capfd, "train", launch_file, "x")
+    assert "cannot write checkpoints: expected " in message
+
+
+def test_a_full_disk_at_the_start(in_this_process, runs, launch_file, monkeypatch, capfd):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    for name in ("pwrite", "ftruncate"):
+        with monkeypatch.context() as patched:
+            patched.setattr(folder.os, name, full)
+            message = refusal(capfd, "train", launch_file, "x")
+        assert "expected a run folder that can be written, got [Errno 28]" in message
+    monkeypatch.setattr(folder, "write_atomically", full)
+    assert "got [Errno 28] No space left" in refusal(capfd, "train", launch_file, "x")
+
+
+def test_a_system_that_gives_nothing(in_this_process, runs, launch_file, monkeypatch, capfd):
+    def none(*arguments):
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(memory.Segment, "create", none)
+        message = refusal(capfd, "train", launch_file, "x")
+    assert "expected shared memory and doorbells for 2 lanes, got [Errno 12] Cannot" in message
+    monkeypatch.setattr(supervisor.Template, "start", none)
+    message = refusal(capfd, "train", launch_file, "x")
+    assert "expected the system to let run x begin, got [Errno 12]" in message
+    assert not runs.exists()
+
+
+@pytest.mark.parametrize("name", ["launch.json", "launch.py"])
+def test_eval_of_a_run_that_has_lost_a_file(
+    in_this_process, runs, launch_file, monkeypatch, capfd, name
+):
+    from asyncrl import evaluate
+
+    begin(runs, launch_file)
+    (runs / "x" / "config.json").write_text("{}")
+    (runs / "x" / name).unlink()
+    monkeypatch.setattr(evaluate, "read_weights", lambda *arguments: None)
+    message = refusal(capfd, "eval", "x")
+    assert "expected " in message and "put it back" in message and "Traceback" not in message
 
 
 @pytest.mark.parametrize("command", ["eval", "plot", "watch"])

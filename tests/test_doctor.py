@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import resource
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from asyncrl import cli, doctor, limits, preflight
 from asyncrl.folder import Refused
 from asyncrl.plan import Plan
-from tests.test_cli import in_this_process, launch_file, runs
+from tests.test_cli import begin, in_this_process, launch_file, locked, runs
 
 __all__ = ["in_this_process", "launch_file", "runs"]  # fixtures
 
@@ -159,14 +158,37 @@ def test_packages_that_are_missing(monkeypatch):
 
 def test_run_folders(tmp_path):
     assert doctor.lock(tmp_path / "x").lines == (f"{tmp_path / 'x'} is new",)
+    assert doctor.lock(tmp_path).lines == (f"{tmp_path} is new",)
+    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "lock").write_text("process 7 (since then)\n")
-    assert "a start resumes it" in doctor.lock(tmp_path).lines[0]
-    with open(tmp_path / "lock") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        check = doctor.lock(tmp_path)
-    assert check.verdict == "refused" and "is held by process 7" in check.lines[0]
+    assert "with its configuration resumes it" in doctor.lock(tmp_path).lines[0]
+    for held in (tmp_path / "lock", tmp_path):
+        with locked(held):
+            check = doctor.lock(tmp_path)
+        assert check.verdict == "refused" and "is held by process 7" in check.lines[0]
     (tmp_path / "file").write_text("")
     assert preflight.can_write(tmp_path / "file" / "x").verdict == "refused"
+    assert doctor.lock(tmp_path / "file" / "x").verdict == "refused"
+
+
+def test_a_disk_that_cannot_be_written_is_not_timed(tmp_path):
+    (tmp_path / "file").write_text("")  # root may write anywhere, but not below a file
+    for place in (tmp_path / "file", tmp_path / "file" / "x"):
+        check = doctor.disk_speed(place)
+        assert check.verdict == "warning" and "not measured" in check.lines[0]
+
+
+def test_a_run_that_has_another_configuration(in_this_process, runs, launch_file, capsys):
+    begin(runs, launch_file, "--seed", "3")
+    assert cli.main(["doctor", str(launch_file), "x"]) == 0
+    capsys.readouterr()
+    assert cli.main(["doctor", str(launch_file), "x", "--algorithm.gamma", "0.5"]) == 2
+    out, _ = capsys.readouterr()
+    assert "algorithm.gamma: 0.99 -> 0.5" in out and "seed: " not in out
+    assert "to do: resume it without these changes" in out
+    (runs / "x" / "launch.json").write_text("[]")
+    assert cli.main(["doctor", str(launch_file), "x"]) == 2
+    assert "as the run wrote it" in capsys.readouterr().out
 
 
 def test_doctor_for_real(in_this_process, runs, launch_file, capsys):

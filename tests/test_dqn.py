@@ -17,7 +17,7 @@ from torch import nn
 
 from asyncrl.algorithms.dqn import DQN, DQNConfig, dqn_loss
 from asyncrl.algorithms.value_distributions import Return, greedy_return
-from asyncrl.policies import Linear
+from asyncrl.schedules import Linear
 from asyncrl.stores.replay import ReplayConfig, Sample
 from asyncrl.types import Field, Spec
 

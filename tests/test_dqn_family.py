@@ -16,7 +16,7 @@ from asyncrl.algorithms import value_distributions as vd
 from asyncrl.algorithms.dqn import DQN, DQNConfig
 from asyncrl.models import ModelConfig
 from asyncrl.models.layers import noisy_layers
-from asyncrl.policies import Linear
+from asyncrl.schedules import Linear
 from asyncrl.stores.replay import ReplayConfig
 from asyncrl.stores.rollout import RolloutConfig
 from asyncrl.stores.sequences import Sequence
@@ -449,7 +449,7 @@ def test_a_restored_noisy_iqn_goes_on_bit_by_bit():
 def test_refusals_of_settings():
     for changes, words in (
         ({"distribution": "c50"}, r"distribution of \('none', 'c51', 'qr', 'iqn'\), got 'c50'"),
-        ({"num_atoms": 1}, "num_atoms >= 2 and value_min < value_max, got 1"),
+        ({"num_atoms": 1}, "num_atoms >= 2 and finite value_min < value_max, got 1"),
         ({"value_min": 3.0, "value_max": 3.0}, "got 51, 3.0 and 3.0"),
         ({"num_quantiles": 0}, "at least 1, got 0, 8 and 32"),
         ({"num_tau": 0}, "at least 1, got 64, 0 and 32"),

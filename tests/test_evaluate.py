@@ -98,7 +98,7 @@ class Scripted:
     """Environments that do as they are told: rows of (reward, event) for each of them.
 
     Events: "" nothing, "life" a life lost, "over" or "cut" the end of a game; the next row is a
-    reset step then.
+    reset step then, as it is after "life+" and "cut+", where episodes are parts of a game.
     """
 
     def __init__(self, *scripts):
@@ -117,15 +117,17 @@ class Scripted:
         assert not (self.ended & ((reward != 0) | (event != ""))).any(), "a reset step does nothing"
         first, self.t = self.ended, self.t + 1
         self.total, self.length = self.total + reward, self.length + ~first
-        self.ended = (event == "over") | (event == "cut")
+        goes_on = (event == "life+") | (event == "cut+")
+        self.ended = (event == "over") | (event == "cut") | goes_on
         step = Step(
             obs=np.zeros((self.num_envs, 1), np.float32),
             first=first,
             reward=reward.astype(np.float32),
-            terminated=(event == "life") | (event == "over"),
-            truncated=event == "cut",
+            terminated=(event == "life") | (event == "life+") | (event == "over"),
+            truncated=(event == "cut") | (event == "cut+"),
             valid=~first,
             game_over=self.ended,
+            goes_on=goes_on,
             episode_return=np.where(self.ended, self.total, 0).astype(np.float32),
             episode_length=np.where(self.ended, self.length, 0),
         )
@@ -152,6 +154,22 @@ def test_lives_add_up_to_the_score_and_games_are_counted_once():
     opened = np.array(model.first).T
     assert np.nonzero(opened[0])[0].tolist() == [0, 4, 8]
     assert np.nonzero(opened[1])[0].tolist() == [0, 7]
+
+
+def test_episodes_that_are_lives_make_one_game():
+    """A life that a time limit cuts goes on in the next episode, and is still one."""
+    first = [(1, ""), (2, "life+"), QUIET, (4, "over"), QUIET, (8, "life+"), QUIET, (0, "over")]
+    other = [(16, "cut+"), QUIET, (32, "life+"), QUIET, (0, "cut"), QUIET, (64, "over"), QUIET]
+    games = play_games(Favourite(2), Scripted(first, other), 4, seed=0)
+    assert games == [
+        Game(7.0, 3, (3.0, 4.0)),
+        Game(48.0, 3, (48.0, 0.0), cut=True),
+        Game(64.0, 1, (64.0,)),
+        Game(8.0, 2, (8.0, 0.0)),
+    ]
+    means = summarise(games)
+    assert means["eval/return"] == 127 / 4 and means["eval/episodes"] == 4
+    assert means["eval/life_return"] == 127 / 7 and means["eval/life_score"] == 2 * 127 / 7
 
 
 def test_every_environment_plays_as_many_games():
@@ -326,7 +344,8 @@ def test_the_table_says_what_its_numbers_are():
     assert rows["per life"] == "6.00; 2 x per life = 12.00"  # a game that was cut had fewer lives
     assert rows["length"] == "150 env steps, from 50 to 300; 1 of 3 games were cut off"
     assert rows["protocol"].startswith("classic: sticky actions 0; minimal actions; 0 to 30 no-ops")
-    assert "per life" not in dict(table(games, EnvConfig("CartPole-v1").resolved()))
+    single = [Game(10.0, 100, (10.0,)), Game(20.0, 300, (20.0,))]
+    assert "per life" not in dict(table(single, EnvConfig("CartPole-v1").resolved()))
     machado = protocol_words(EnvConfig("ALE/Pong-v5", protocol="machado").resolved())
     assert machado.startswith("machado: sticky actions 0.25; all 18 actions; 0 to 0 no-ops at")
     plain = EnvConfig("ALE/Pong-v5", protocol="none", kwargs={"repeat_action_probability": 0.1})

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from asyncrl.guards import MAX_SKIPPED, Diverged, EnvFailed, GuardedEnvs, UpdateGuard
+from asyncrl.guards import (
+    MAX_SKIPPED,
+    Diverged,
+    EnvFailed,
+    GuardedEnvs,
+    OutOfMemory,
+    UpdateGuard,
+)
 from asyncrl.logs import EventLog, read_events
 from tests.test_learner import Box
 
@@ -81,35 +91,84 @@ def test_infinities_that_belong_to_a_model_are_its_own(tmp_path):
         guard.check()
 
 
-class Stub:
-    """An algorithm whose updates run out of GPU memory as often as it is told."""
+class Steps:
+    """An algorithm that says which of an update's steps were skipped."""
 
-    def __init__(self, failures: int):
-        self.failures, self.made = failures, 0
+    def __init__(self, *skipped: float):
+        self.skipped = torch.tensor(skipped)
 
     def update(self, store):
-        if self.failures:
-            self.failures -= 1
+        return {"loss/skipped": self.skipped}
+
+
+def test_of_updates_with_several_steps_each_counts(tmp_path):
+    guard = UpdateGuard(torch.nn.Linear(1, 1), EventLog(tmp_path / "events.log"))
+    store = SimpleNamespace(streams=False, unrolls=deque(), limiter=SimpleNamespace(sampled=0))
+    for _ in range(MAX_SKIPPED):  # one bad minibatch in each rollout
+        metrics = guard.update(Steps(0, 1, 0, 0), store)
+        assert metrics["loss/skipped"] == 1  # of any step, for a row of metrics
+    guard.settle()
+    assert guard.num_skipped == MAX_SKIPPED and guard.in_a_row == 0
+    guard.update(Steps(0, 1, 1, 1), store)
+    guard.settle()
+    guard.update(Steps(1, 1, 1, 1), store)
+    guard.settle()
+    assert guard.num_skipped == MAX_SKIPPED + 7 == 10 + guard.in_a_row
+    guard.update(Steps(1, 1, 0, 0), store)
+    guard.update(Steps(1, 1, 1, 0), store)
+    guard.settle()
+    guard.update(Steps(0, 0), store)
+    guard.update(Steps(*[1] * 16), store)
+    guard.settle()  # one bad rollout, nothing more
+    guard.update(Steps(0, *[1] * 15), store)
+    guard.settle()
+    guard.update(Steps(1, 1, 1, 1), store)
+    guard.update(Steps(1, 1, 1, 1), store)
+    with pytest.raises(Diverged, match="23 updates in a row were not finite"):
+        guard.settle()
+
+
+def limit_memory(model: torch.nn.Module, most: int) -> SimpleNamespace:
+    """A stand-in for a small GPU: batches (T, N) need N of at most `most`."""
+    gpu = SimpleNamespace(most=most, failures=0)
+
+    def look(module, inputs):
+        if inputs[1].shape[1] > gpu.most:
+            gpu.failures += 1
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
-        self.made += 1
-        return {"loss/skipped": torch.tensor(0.0)}
+
+    model.register_forward_pre_hook(look)
+    return gpu
 
 
-def test_an_update_that_runs_out_of_gpu_memory_is_tried_once_more(tmp_path):
-    """The error is raised by a stand-in: no GPU is needed."""
-    guard, stub = UpdateGuard(torch.nn.Linear(1, 1), EventLog(tmp_path / "events.log")), Stub(1)
-    assert guard.update(stub, None) == {} and stub.made == 0
-    assert guard.update(stub, None) and stub.made == 1
-    stub.failures = 1  # later, once more: not in a row
-    assert guard.update(stub, None) == {}
-    assert guard.update(stub, None) and stub.made == 2
-    events = read_events(tmp_path / "events.log")
-    assert [event.kind for event in events] == ["memory", "memory"]
-    assert events[0].text.endswith("tried once more: CUDA out of memory. Tried to allocate 2 GiB")
-    stub.failures = 2
-    guard.update(stub, None)
-    with pytest.raises(RuntimeError, match=r"(?s)at a second try.*lower --algorithm\.batch-size"):
-        guard.update(stub, None)
+def test_a_batch_that_does_not_fit_into_gpu_memory_is_learned_from_in_halves(box):
+    learner, limiter = box.learner, box.learner.store.limiter
+    gpu, updates, sampled = limit_memory(learner.model, 4), learner.updates, limiter.sampled
+    update(box, 1)
+    assert (learner.updates, limiter.sampled) == (updates + 2, sampled + 8)
+    gpu.most = 8  # it was another program that took the memory
+    update(box, 1)
+    assert (learner.updates, limiter.sampled) == (updates + 3, sampled + 16)
+    assert gpu.failures == 1
+    (event,) = read_events(learner.events.path)
+    assert event.kind == "memory"
+    assert event.text.endswith("in two halves: CUDA out of memory. Tried to allocate 2 GiB")
+
+
+def test_where_halves_do_not_fit_either_what_was_learned_is_saved_before_the_end(box):
+    learner = box.learner
+    limit_memory(learner.model, 2)
+    while not learner.store.updates_allowed():
+        learner.throttle.move()
+        box.actor.play()
+        learner.drain()
+    updates, sampled = learner.updates, learner.store.limiter.sampled
+    with pytest.raises(OutOfMemory, match=r"in two halves.*lower --algorithm\.batch-size") as why:
+        learner.learn(1)
+    assert why.value.exit_status == 2
+    saved = learner.checkpoints.newest_valid().state
+    assert (saved["updates"], saved["env_steps"]) == (updates, learner.env_steps)
+    assert learner.store.limiter.sampled == sampled and learner.store.batch_size == 8
 
 
 class Group:

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from asyncrl import cli
+from asyncrl.folder import RunFolder
 from asyncrl.health import SILENT_SECONDS, Life, health, look
 from asyncrl.logs import Event, EventLog, RunLog
 
@@ -54,12 +55,40 @@ def test_health_in_words(row, events, well, words):
     assert found.well == well and words in found.words, found
 
 
+def test_a_run_that_writes_seldom_is_not_silent():
+    row, events = ROW | {"time": NOW - 1_000}, life((9_000, "start", "begun"))
+    assert not health(row, events, NOW, log_seconds=300).well
+    assert health(row, events, NOW, log_seconds=600).well
+
+
+def test_a_run_whose_supervisor_was_killed_is_not_well(tmp_path):
+    EventLog(tmp_path / "events.log").event("start", "run x started")
+    log = RunLog(tmp_path, tensorboard=False)
+    log.write(ROW | {"time": time.time()})
+    (tmp_path / "config.json").write_text('{"config": {"learner": {"log_seconds": 5}}}')
+    with RunFolder(tmp_path):
+        assert look(tmp_path).well
+        (tmp_path / "lock").unlink()
+        assert look(tmp_path).well
+    found = look(tmp_path)
+    assert not found.well and "killed: no process holds its folder; start it again" in found.words
+
+
+@pytest.mark.parametrize("line", ["5", '{"time": "x"}', '{"time": Infinity}', "[" * 9_000, "null"])
+def test_rows_that_are_none(tmp_path, line):
+    RunLog(tmp_path, tensorboard=False).write(ROW)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(f"{line}\n")
+    assert not look(tmp_path).well
+
+
 def test_watch_tells_it_and_exits_by_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ASYNCRL_RUNS", str(tmp_path))
     log, events = RunLog(tmp_path / "x", tensorboard=False), EventLog(tmp_path / "x" / "events.log")
     (tmp_path / "x" / "config.json").write_text("{}")
     assert cli.main(["watch", "x", "--health"]) == 1
     events.event("start", "run x started")
+    run = RunFolder(tmp_path / "x").__enter__()
     assert look(tmp_path / "x").words.startswith("starting")
     for _ in range(3_000):  # more than is read
         log.write(ROW | {"time": time.time(), "filler": 1.0})
@@ -71,3 +100,4 @@ def test_watch_tells_it_and_exits_by_it(tmp_path, monkeypatch, capsys):
     events.event("end", "run x ended", status=143)
     assert cli.main(["watch", "x", "--health"]) == 1
     assert "ended with status 143" in capsys.readouterr().out
+    run.__exit__()

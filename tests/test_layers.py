@@ -27,9 +27,9 @@ LAYERS = [
     | {"segments", "checkpoint"},
     {"algorithms"},
     {"actor", "learner", "learner_config", "replay_stream", "throttle", "threads"}
-    | {"evaluate", "guards"},
+    | {"evaluate", "guards", "resume"},
     {"config"},
-    {"costs", "plan", "folder", "preflight", "children", "run", "template"}
+    {"costs", "plan", "folder", "preflight", "children", "memory", "run", "template"}
     | {"supervisor", "video"},
     {"panel", "health", "plots", "doctor", "bench", "cli"},
 ]

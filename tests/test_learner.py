@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -9,11 +12,14 @@ from gymnasium.vector import SyncVectorEnv
 
 from asyncrl.actor import Actor, ActorConfig, context_fields
 from asyncrl.algorithms.dqn import DQNConfig
+from asyncrl.disk import CheckpointError
 from asyncrl.env_config import EnvConfig
 from asyncrl.envs import make_envs
 from asyncrl.learner import Learner
 from asyncrl.learner_config import LearnerConfig
+from asyncrl.logs import read_events
 from asyncrl.models import ModelConfig
+from asyncrl.models.layers import noisy_layers
 from asyncrl.policies import Random, as_mixture
 from asyncrl.stores.replay import ReplayConfig
 from asyncrl.transport.ring import Ring
@@ -179,6 +185,131 @@ def test_no_usable_checkpoint_is_said_and_nothing_is_begun_anew(tmp_path):
     assert (tmp_path / "metrics.jsonl").stat().st_size > 0
 
 
+def run_for(box: Box, updates: int) -> None:
+    """Until a run of one actor has made this many updates more; with rows in both logs."""
+    actor, before = box.make_actor(0, box.learner.generation + 1), box.learner.updates
+    while box.learner.updates < before + updates:
+        box.turn([actor])
+    box.learner.write_metrics()
+
+
+def test_checkpoints_that_are_gone_are_not_begun_anew(tmp_path):
+    """Their logs are all that is left: they stay as they are, and it is said what is missing."""
+    box = Box(tmp_path, 1)
+    run_for(box, 2)
+    box.learner.finish()
+    logs = [tmp_path / "metrics.jsonl", tmp_path / "episodes.csv"]
+    before = [log.read_bytes() for log in logs]
+    segments = sorted((tmp_path / "replay").iterdir())
+    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"got none, but events.log has 'checkpoint_.*saved'"):
+        Box(tmp_path, 1, resume=True)
+    assert [log.read_bytes() for log in logs] == before and len(before[0]) > 100 < len(before[1])
+    assert sorted((tmp_path / "replay").iterdir()) == segments
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "elsewhere").rename(tmp_path / "checkpoints")
+    assert Box(tmp_path, 1, resume=True).learner.updates == box.learner.updates
+
+
+def test_killed_before_its_first_checkpoint_a_run_begins_anew_and_says_so(tmp_path):
+    box = Box(tmp_path, 1)
+    run_for(box, 2)
+    episodes = len((tmp_path / "episodes.csv").read_text().splitlines()) - 1
+    assert episodes > 10
+    again = Box(tmp_path, 1, resume=True)
+    assert again.learner.env_steps == 0
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    (event,) = read_events(tmp_path / "events.log")
+    assert event.text == (
+        f"no checkpoint was saved yet: 1 rows of metrics.jsonl and {episodes} episodes of the "
+        "start before are cut"
+    )
+
+
+def without(part):
+    return lambda tensors, state: (
+        {name: array for name, array in tensors.items() if part not in name},
+        {name: value for name, value in state.items() if part not in name},
+    )
+
+
+def of_another_net(tensors, state):
+    name = "algorithm|model|head.value.weight"
+    return tensors | {name: np.zeros((3, 3), np.float32)}, state
+
+
+@pytest.mark.parametrize("change", [
+    of_another_net, without("algorithm"), without("logs"), without("store"), without("sequences"),
+    lambda tensors, state: (tensors, {"numbers": {}}),
+    lambda tensors, state: (tensors, state | {"sequences": [0]}),
+    lambda tensors, state: (tensors, state | {"numbers": [1]}),
+])  # fmt: skip
+def test_a_checkpoint_of_something_else_is_passed_over(change, tmp_path):
+    """Its sums are right, and the one before is used; where there is no other, that is refused."""
+    box = Box(tmp_path, 1)
+    run_for(box, 2)
+    box.learner.finish()
+    good = box.learner.checkpoints.newest_valid()
+    changed = change(dict(good.tensors), good.state)
+    wrong = box.learner.checkpoints.save(999_999, *changed, good.segments)
+    again = Box(tmp_path, 1, resume=True)
+    assert again.learner.updates == box.learner.updates == 2
+    for name, tensor in again.learner.model.state_dict().items():
+        assert torch.equal(tensor, box.learner.model.state_dict()[name])
+    refused = read_events(tmp_path / "events.log")[-1]
+    assert refused.text.startswith(f"checkpoint {wrong.name} not used: expected the state of a lea")
+    shutil.rmtree(good.path)
+    with pytest.raises(CheckpointError, match=r"(?s)expected a valid checkpoint.*put one back"):
+        Box(tmp_path, 1, resume=True)
+
+
+def test_without_any_replay_the_newest_that_fits_is_used(tmp_path):
+    box = Box(tmp_path, 1)
+    run_for(box, 2)
+    box.learner.finish()
+    good = box.learner.checkpoints.newest_valid()
+    box.learner.checkpoints.save(999_999, good.tensors, {"numbers": {}}, good.segments)
+    for segment in (tmp_path / "replay").glob("*.bin"):
+        segment.unlink()
+    again = Box(tmp_path, 1, resume=True)
+    assert again.learner.env_steps == box.learner.env_steps
+    assert f"{good.path.name} is used without its replay" in (tmp_path / "events.log").read_text()
+
+
+def test_a_stop_is_heard_between_updates(tmp_path):
+    box = Box(tmp_path, 1)
+    run_for(box, 1)
+    limiter = box.learner.store.limiter
+    limiter.sampled -= 20 * limiter.batch_size
+    beats = []
+    box.learner.beat = lambda: beats.append(1) or len(beats) > 5
+    assert box.learner.learn(20) == 5 and not box.learner.whole
+    assert box.learner.store.updates_allowed() >= 15
+
+
+@pytest.mark.parametrize("env_steps", [800, 1_000])
+def test_turns_that_were_cut_short_are_not_saved(env_steps, tmp_path):
+    """Not even the last one: what a signal cuts off must be made again by whoever resumes."""
+    box = Box(tmp_path, 1)
+    learner, actor = box.learner, box.make_actor(0)
+    learner.turn_based, learner.total_env_steps = True, 1_000
+    learner.config = dataclasses.replace(learner.config, checkpoint_steps=1)
+    made = []  # updates before each turn
+
+    def play(condition) -> bool:
+        made.append(learner.updates)
+        actor.play()
+        return True
+
+    learner.beat = lambda: learner.env_steps >= env_steps and learner.updates > made[-1]
+    learner.run_in_turns(play)
+    assert learner.updates == made[-1] + 1 and learner.store.updates_allowed() == 1
+    learner.finish()
+    newest = learner.checkpoints.newest_valid()
+    assert env_steps - 16 <= newest.number < env_steps
+    assert newest.state["updates"] == made[-1]
+
+
 def test_a_bad_gradient_changes_nothing(tmp_path):
     box = Box(tmp_path, 1)
     actor = box.make_actor(0)
@@ -195,3 +326,45 @@ def test_a_bad_gradient_changes_nothing(tmp_path):
     assert algorithm.update(store)["loss/skipped"] == 0
     assert not torch.equal(algorithm.model.state_dict()["head.advantage.bias"],
                            before["head.advantage.bias"])  # fmt: skip
+
+
+def test_the_clock_of_schedules_runs_while_the_replay_fills(tmp_path):
+    box, late = Box(tmp_path, 1), []
+    actor = box.make_actor(0)
+    while box.learner.updates == 0:
+        box.turn([actor])
+        clock = int(box.learner.weights.front()["context"]["env_steps"])
+        late.append(box.learner.env_steps - clock)
+    assert len(late) > 20 and max(late) <= 0.02 * 400 + 8
+
+
+class NoisyBox(Box):
+    def make_model(self):
+        return ModelConfig(hidden=(8,), noisy=True)(*self.spaces)
+
+
+def test_each_actor_draws_noise_of_its_own_for_each_unroll(tmp_path):
+    box, seen = NoisyBox(tmp_path, 2), []
+
+    def noise(model) -> str:
+        return str([layer.noise_in.tolist() for layer in noisy_layers(model)])
+
+    actors = [box.make_actor(0), box.make_actor(1)]
+    for _ in range(3):
+        box.turn(actors)
+        seen += [noise(actor.model) for actor in actors]
+    assert len({*seen, noise(box.learner.model)}) == 7
+    twin = NoisyBox(tmp_path / "twin", 2)
+    twin_actor = twin.make_actor(0)
+    twin.turn([twin_actor])
+    assert noise(twin_actor.model) == seen[0]  # by seed, lane and count: nothing to be resumed
+
+
+def test_learning_begins_when_a_lane_is_sure_to_hold_a_whole_draw(tmp_path):
+    """16 environments of one lane: 200 env steps are 12 rows, too few for sequences of 20."""
+    config = DQNConfig(
+        sequence_length=20, batch_size=1, replay=ReplayConfig(capacity=4_000, learning_starts=200)
+    )
+    spec = Spec(8, 16, *Box(tmp_path, 1).spaces, {})
+    assert config.limiter(spec, 1).learning_starts == 16 * (20 + 1)
+    assert config.limiter(spec, 3).learning_starts == 3 * 16 * (20 + 1)

@@ -12,9 +12,11 @@ import torch
 from gymnasium import spaces
 from gymnasium.wrappers import FrameStackObservation
 
+from asyncrl.algorithms.distributions import unsquash
 from asyncrl.models import ModelConfig, Network
+from asyncrl.models.contract import try_model
 from asyncrl.models.cores import LSTM, FrameStack
-from asyncrl.models.heads import ActorCriticHead, QHead
+from asyncrl.models.heads import ActorCriticHead, Gaussian, QHead
 from asyncrl.models.memory import states_before
 from asyncrl.models.normalizers import PopArt, RunningStatistics
 from asyncrl.models.torsos import NatureTorso, SmallImageTorso
@@ -659,3 +661,38 @@ def test_bounds_that_leave_no_density_are_refused(low, high):
     bounds = np.array([-1, low], np.float32), np.array([1, high], np.float32)
     with pytest.raises(ValueError, match="expected low < high and a finite high - low"):
         actor_critic(action_space=spaces.Box(*bounds))
+
+
+def test_the_mean_of_a_bounded_action_stays_where_a_float_tells_its_u():
+    """Far out the score of what was drawn, u - mean, would be wrong: it must be 0 on average."""
+    space = spaces.Box(np.float32([-2, -np.inf]), np.float32([2, np.inf]))
+    head = Gaussian(1, space, 0.0)
+    with torch.no_grad():
+        head.layer.weight.fill_(1.0)
+    outputs = head(torch.tensor([[0.01], [50.0], [-50.0]]))
+    bounded, free = outputs["mean"].unbind(1)
+    assert free.tolist() == pytest.approx([0.01, 50.0, -50.0])
+    assert bounded.tolist() == pytest.approx([0.01, 4.0, -4.0], rel=1e-3)
+    outputs = {name: part[1].expand(200_000, 2) for name, part in outputs.items()}
+    outputs["value"] = torch.zeros(200_000)
+    u = outputs["mean"] + torch.randn(200_000, 2, generator=torch.Generator().manual_seed(0))
+    action = torch.stack([2 * torch.tanh(u[:, 0].double()), u[:, 1].double()], 1).float()
+    back = unsquash(action, outputs["low"], outputs["high"])
+    assert (back - outputs["mean"]).mean(0).abs().max() < 0.01
+
+
+def test_a_discrete_observation_that_does_not_start_at_0_is_tried_with_its_own_values():
+    space, action_space = spaces.Discrete(4, start=3), spaces.Discrete(2)
+    model = ModelConfig(hidden=(8,))(space, action_space)
+    _, outputs = try_model(model, "q", space, action_space)
+    assert outputs["q"].shape == (2, 3, 2) and outputs["q"].isfinite().all()
+
+
+def test_a_model_that_begins_with_what_is_no_number_is_refused():
+    space, action_space = spaces.Box(-np.inf, np.inf, (3,)), spaces.Discrete(2)
+    model = ModelConfig(hidden=(8,))(space, action_space)
+    try_model(model, "q", space, action_space)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] = torch.nan
+    with pytest.raises(ValueError, match=r"expected finite parameters, got others in .*weight"):
+        try_model(model, "q", space, action_space)

@@ -19,8 +19,10 @@ from asyncrl.algorithms.a2c import A2CConfig
 from asyncrl.algorithms.ppo import PPOConfig
 from asyncrl.env_config import EnvConfig
 from asyncrl.envs import make_envs
+from asyncrl.guards import OutOfMemory
 from asyncrl.learner import Learner
 from asyncrl.learner_config import LearnerConfig
+from asyncrl.logs import read_events
 from asyncrl.models import ModelConfig
 from asyncrl.models.contract import state_fields
 from asyncrl.policies import EpsilonGreedy, Mixture, Part, Softmax, as_mixture
@@ -29,6 +31,7 @@ from asyncrl.stores.rollout import Rollout, RolloutConfig
 from asyncrl.transport.ring import Ring, Word
 from asyncrl.transport.weights import WeightsBuffer, WeightsReader, WeightsWriter, weights_fields
 from asyncrl.types import Spec
+from tests.test_guards import limit_memory
 
 CPU = torch.device("cpu")
 
@@ -345,7 +348,7 @@ def test_reset_steps_are_never_learned_from(model, name, estimator, tmp_path):
         algorithm.generator = torch.Generator().manual_seed(0)
         algorithm.descend = type(algorithm.descend)(algorithm.model, 0.01, 0.5, 1e-5)
         for _ in range(3):
-            assert algorithm.update(Given(rollout))["loss/skipped"] == 0
+            assert not algorithm.update(Given(rollout))["loss/skipped"].any()
     before = box.algorithm.model.state_dict()
     one, other = (algorithm.model.state_dict() for algorithm in algorithms)
     assert any(not torch.equal(one[key], tensor) for key, tensor in before.items())
@@ -400,6 +403,58 @@ def test_a_run_goes_on_after_a_resume(tmp_path):
         assert again.learner.metrics["loss/skipped"] == 0
     assert again.learner.updates == updates + 6 * 4
     assert again.store.dropped == 0
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8])
+def test_a_stop_is_heard_between_minibatches(steps, tmp_path):
+    """The rest of the rollout is left out as behind `target_kl`, and what is saved goes on."""
+    config = replace(ALGORITHMS["ppo"], epochs=4, num_minibatches=2)
+    box = Box(tmp_path, config)
+    box.turn()
+    assert box.learner.whole and box.learner.updates == 8
+    beats, sampled = [], box.store.limiter.sampled
+
+    def beat() -> bool:
+        beats.append(box.learner.updates)
+        return len(beats) > steps  # the first is that of `learn`
+
+    box.learner.beat = box.algorithm.beat = beat
+    box.turn()
+    assert beats[: steps + 1] == list(range(8, 9 + steps)) and not box.learner.whole
+    assert box.learner.updates == 8 + steps
+    assert box.store.limiter.sampled == sampled + round(steps / 2 * box.store.drawn)
+    box.learner.finish()
+    again = Box(tmp_path, config, seed=2, resume=True)
+    assert again.learner.updates == 8 + steps
+    for name, tensor in weights_of(box.algorithm).items():
+        assert torch.equal(tensor, weights_of(again.algorithm)[name])
+    again.turn()
+    assert again.learner.updates == 16 + steps
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_rollout_that_does_not_fit_into_gpu_memory_is_not_lost(name, tmp_path):
+    """PPO cuts its minibatches, A2C, whose batch is the rollout, learns from it in two halves."""
+    box = Box(tmp_path, ALGORITHMS[name], num_actors=2)  # a rollout has 4 unrolls of 2
+    box.turn()
+    box.collect()
+    expected = {"a2c": 2, "ppo": 4}[name]
+    updates, inserted = box.learner.updates, box.store.limiter.inserted
+    gpu = limit_memory(box.learner.model, {"a2c": 4, "ppo": 10}[name])
+    assert box.learner.learn(1) == 1
+    assert box.learner.updates == updates + expected
+    assert gpu.failures == 1 and not box.store.unrolls
+    assert box.store.limiter.sampled == box.store.limiter.samples_per_insert * inserted
+    assert [event.kind for event in read_events(tmp_path / "events.log")] == ["memory"]
+    box.collect()
+    unrolls, updates, gpu.most = list(box.store.unrolls), box.learner.updates, 1
+    assert len(unrolls) >= 4
+    with pytest.raises(OutOfMemory):
+        box.learner.learn(1)
+    assert list(box.store.unrolls) == unrolls and box.store.num_unrolls == 4
+    again = Box(tmp_path, ALGORITHMS[name], num_actors=2, resume=True)
+    assert again.learner.updates == updates
+    assert len(again.store.unrolls) == len(unrolls)
 
 
 def test_counts_of_what_went_wrong_survive_a_resume(tmp_path):

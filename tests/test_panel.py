@@ -23,6 +23,7 @@ ROW = {
     "lag/mean": 1.5, "lag/max": 4, "ring/fill": 0.25, "replay/fill": 1.0, "limiter/target": 8.0,
     "limiter/samples_per_insert": 7.98, "limiter/waiting": "actors", "time/learner/update": 0.8,
     "time/learner/wait": 0.05, "time/actor/env": 0.4, "time/actor/wait": 0.6, "actors/alive": 4,
+    "loss/q": 0.012345, "loss/q_mean": 2.5, "loss/q_variance": 0.4, "loss/grad_norm": 9.0,
     "actors/restarts": 0, "bottleneck": "learner: 80 % of its time in updates; actors wait 60 %",
 }  # fmt: skip
 
@@ -89,6 +90,8 @@ def test_view_says_what_matters_within_80_by_24(tmp_path):
         assert words in text, words
     assert "actor 0" not in text and "Traceback" not in text
     assert "last row" not in text
+    losses = "losses      Q loss 0.0123 · mean Q 2.5 · variance 0.4"
+    assert losses in text_of(Panel(tmp_path / "breakout", 1_000_000, io.StringIO()), height=30)
 
 
 @pytest.mark.parametrize("width, height", [(60, 20), (40, 12), (20, 5), (5, 2), (200, 60)])

@@ -104,6 +104,22 @@ def test_by_policy_of_several_runs_tells_runs_by_dashes_and_policies_by_colour(t
         assert len({color for color, _ in kinds}) == len({dashes for _, dashes in kinds}) == 2
 
 
+def test_one_policy_of_several_runs_by_lives(tmp_path, figures):
+    """As the ancestor's figure: 5 x the return of the lives that the greedy policy played."""
+    runs = [make_run(tmp_path / name, level=level) for name, level in (("a", 1.0), ("b", 2.0))]
+    for i, run in enumerate(runs):
+        text = (run / "episodes.csv").read_text()
+        (run / "episodes.csv").write_text(text.replace(f"random,{i + 1}.0", "random,100.0"))
+    plot(runs, tmp_path / "plot.png", policy="greedy", lives=5)
+    drawn, axes = lines(figures[0]), figures[0].axes[0]
+    assert set(drawn) == {"a · greedy", "b · greedy", "evaluation"}
+    assert set(drawn["a · greedy"][1]) == {5.0} and set(drawn["b · greedy"][1]) == {10.0}
+    assert max(drawn["a · greedy"][0]) == 400 and axes.get_ylabel() == "5 x return of a life"
+    bands = [band.get_paths()[0].vertices[:, 1] for band in axes.collections]
+    assert [set(band) for band in bands] == [{5.0}, {10.0}]
+    assert drawn["evaluation"][1].tolist() == [12, 13, 14]  # scores of whole games already
+
+
 def test_several_runs_are_a_line_each(tmp_path, figures, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "dqn_1", level=1.0), make_run(tmp_path / "dqn_2", seed=1, level=2.0)
@@ -147,3 +163,7 @@ def test_errors_say_what_to_do(tmp_path):
         plot([])
     with pytest.raises(ValueError, match='expected None or "policy"'):
         plot(tmp_path, by="actor")
+    with pytest.raises(ValueError, match="expected by or policy, got both: 'policy' and 'greedy'"):
+        plot(tmp_path / "a", by="policy", policy="greedy")
+    with pytest.raises(ValueError, match="got 'gredy'; there are: greedy, random"):
+        plot(tmp_path / "a", policy="gredy")

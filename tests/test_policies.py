@@ -20,17 +20,15 @@ from asyncrl.policies import (
     EpsilonGreedy,
     EpsilonLadder,
     Greedy,
-    Linear,
     Mixture,
     Part,
-    Piecewise,
     Random,
     Sample,
     Softmax,
     as_mixture,
     unroll_rng,
-    value_at,
 )
+from asyncrl.schedules import Linear, Piecewise, value_at
 
 Q = np.float32([[0.5, 2.0, 1.0], [3.0, 2.5, -1.0]])  # (B, A): best are 1 and 0
 STEP = np.zeros(2, np.int64)
@@ -454,3 +452,29 @@ def test_the_generator_of_an_unroll_is_its_key_and_nothing_else():
     streams = {key: tuple(unroll_rng(*key).random(4)) for key in keys}
     assert len(set(streams.values())) == len(keys)
     assert all(tuple(unroll_rng(*key).random(4)) == stream for key, stream in streams.items())
+
+
+class Vanishing:
+    """A schedule of a user's own, which says nothing of its turns."""
+
+    def __init__(self, after: float):
+        self.after = after
+
+    def at(self, env_steps: int) -> float:
+        return 1.0 if env_steps < 600 else self.after
+
+
+def test_numbers_and_schedules_that_leave_their_range_are_refused():
+    nan = float("nan")
+    for make, bad in (
+        (EpsilonGreedy, (1.5, -0.5, nan, Linear(0.5, 1.01, 9), Piecewise((9,), (0.1, 2.0)))),
+        (EpsilonLadder, (2.0, -0.1, nan)),
+        (Softmax, (0.0, -1.0, nan, np.inf, Linear(1, 0, 9), Vanishing(0.0))),
+        (lambda weight: Mixture((Part("only", Random(), weight),)), (np.inf, nan, Vanishing(0.0))),
+    ):
+        for value in bad:
+            with pytest.raises(ValueError, match=r"expected .*, got"):
+                make(value)
+    EpsilonGreedy(Linear(1, 0, 9)), Softmax(Vanishing(0.1)), EpsilonLadder(1.0)
+    with pytest.raises(ValueError, match=r"expected epsilon of .* got 2 at 9 env steps of Piece"):
+        EpsilonGreedy(Piecewise((9,), (0.1, 2.0)))

@@ -384,3 +384,14 @@ def test_rounds_drained_together_are_learned_from_in_the_order_they_were_played(
     box.collect()
     order = [(int(u.header.sequence), int(u.header.lane)) for u in box.store.unrolls]
     assert order == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+
+
+def test_a_max_lag_that_would_drop_most_is_refused_for_these_lanes():
+    """Eight lanes of one actor play together, one unroll each update: the last is seven late."""
+    spec = make_spec()
+    one = RolloutConfig(num_unrolls=1, max_lag=7)
+    with pytest.raises(ValueError, match=r"max_lag of at least 8, got 7: up to 8 unrolls of 8"):
+        RolloutQueue.nbytes(one, spec, 8)
+    assert RolloutQueue.nbytes(replace(one, max_lag=8), spec, 8) == 10 * spec.layout.nbytes
+    assert RolloutQueue.nbytes(replace(one, max_lag=0), spec, 8) == 10 * spec.layout.nbytes
+    assert RolloutQueue.nbytes(RolloutConfig(max_lag=2), spec, 8) == 32 * spec.layout.nbytes

@@ -5,6 +5,7 @@ whole PATH. Each stand-in adds its command line to a log, one call a line.
 """
 
 import configparser
+import csv
 import os
 import pty
 import re
@@ -494,6 +495,18 @@ def options_of(call: list[str], name: str) -> list[str]:
     return [call[i + 1] for i, word in enumerate(call) if word == name]
 
 
+def mounts_of(call: list[str]) -> list[list[str]]:
+    """What each --mount says, read as docker does: a line of CSV."""
+    return [field for option in options_of(call, "--mount") for field in csv.reader([option])]
+
+
+def mounts(run_folder: Path | str, launch_folder: Path | str) -> list[list[str]]:
+    return [
+        ["type=bind", f"source={run_folder}", "target=/runs/x"],
+        ["type=bind", f"source={launch_folder}", "target=/launch", "readonly"],
+    ]
+
+
 def test_docker_command_line(box):
     options = ("--seed", "1", "--name", "two words")
     assert box.run("x", "launch/cartpole_ppo.py", *options, RUNTIMES=NVIDIA).returncode == 0
@@ -511,10 +524,7 @@ def test_docker_command_line(box):
     assert options_of(before, "--stop-timeout") == ["60"]
     assert options_of(before, "--name") == ["asyncrl-x"]
     assert options_of(before, "--user") == [f"{os.getuid()}:{os.getgid()}"]
-    assert options_of(before, "--mount") == [
-        f"type=bind,source={box.repo}/runs/x,target=/runs/x",
-        f"type=bind,source={box.repo}/launch,target=/launch,readonly",
-    ]
+    assert mounts_of(before) == mounts(box.repo / "runs/x", box.repo / "launch")
     assert not {"-i", "-t", "-it", "--interactive", "--tty"} & set(before)
     assert (box.repo / "runs/x").is_dir()
     assert box.calls("venv") == []
@@ -531,12 +541,77 @@ def test_docker_mounts_the_users_own_folders(box):
     (box.elsewhere / "mine.py").write_text("")
     box.run("x", "mine.py", RUNTIMES=NVIDIA, ASYNCRL_RUNS="my runs")
     (call,) = box.calls("docker", "run")
-    assert options_of(call, "--mount") == [
-        f"type=bind,source={box.elsewhere}/my runs/x,target=/runs/x",
-        f"type=bind,source={box.elsewhere},target=/launch,readonly",
-    ]
+    assert mounts_of(call) == mounts(box.elsewhere / "my runs/x", box.elsewhere)
     assert call[-3:] == ["train", "/launch/mine.py", "x"]
     assert (box.elsewhere / "my runs/x").is_dir()
+
+
+def test_docker_takes_any_character_in_a_path(box):
+    odd = box.elsewhere / 'a, "b": c\\d &'
+    odd.mkdir()
+    (odd / "mine.py").write_text("")
+    options = {"RUNTIMES": NVIDIA, "ASYNCRL_RUNS": str(odd)}
+    assert box.run("x", str(odd / "mine.py"), **options).returncode == 0
+    (call,) = box.calls("docker", "run")
+    assert mounts_of(call) == mounts(odd / "x", odd)
+
+
+def test_a_run_resumed_in_docker_finds_what_lies_beside_its_launch_file(box):
+    def resume(*arguments: str) -> tuple[list[list[str]], str, str]:
+        resumed = box.run("x", *arguments, RUNTIMES=NVIDIA)
+        assert resumed.returncode == 0
+        call = box.calls("docker", "run")[-1]
+        assert call[-3::2] == ["train", "x"]
+        return mounts_of(call), call[-2], resumed.err
+
+    run_folder, own = box.repo / "runs/x", "/runs/x/launch.py"
+    first, second, wrong = (box.elsewhere / name for name in ("first one", "second", "wrong"))
+    for folder, text in ((first, "import mymodule"), (wrong, "")):
+        folder.mkdir()
+        (folder / "mine.py").write_text(text)
+    resume("first one/mine.py")
+    shutil.copy(first / "mine.py", run_folder / "launch.py")  # as asyncrl does
+    assert resume()[:2] == (mounts(run_folder, first), own)
+
+    # Another file, which asyncrl refuses; what was imported before stays where it was.
+    assert resume("wrong/mine.py")[:2] == (mounts(run_folder, wrong), "/launch/mine.py")
+    assert resume()[:2] == (mounts(run_folder, first), own)
+
+    # The file has moved, or gone.
+    first.rename(second)
+    found, named, said = resume()
+    assert (found, named) == (mounts(run_folder, run_folder), own)
+    assert f"{first}, where its launch file was, is gone" in said
+    for arguments, named in (("second/mine.py",), "/launch/mine.py"), ((), own):
+        assert resume(*arguments)[:2] == (mounts(run_folder, second), named)
+
+
+def test_a_run_without_a_note_of_its_launch_folder_is_resumed_in_docker(box):
+    own = box.repo / "runs/x/launch.py"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert box.run("x", RUNTIMES=NVIDIA).returncode == 0
+    (call,) = box.calls("docker", "run")
+    assert mounts_of(call) == mounts(own.parent, own.parent)
+    assert call[-3:] == ["train", "/runs/x/launch.py", "x"]
+
+
+GIT = """
+log git "$@"
+[[ ! ${NO_HISTORY:-} ]] || exit 128
+echo v1-3-gabc-dirty
+"""
+
+
+def test_docker_is_told_the_revision(box):
+    assert box.run("x", RUNTIMES=NVIDIA).returncode == 0  # no git on this machine
+    write_script(box.tools / "git", GIT)
+    assert box.run("x", RUNTIMES=NVIDIA, NO_HISTORY="1").returncode == 0
+    assert box.run("x", RUNTIMES=NVIDIA).returncode == 0
+    told = [options_of(call, "--env") for call in box.calls("docker", "run")]
+    assert told == [[], [], ["ASYNCRL_GIT=v1-3-gabc-dirty"]]
+    asked = ["git", "-C", str(box.repo), "describe", "--always", "--dirty"]
+    assert box.calls("git") == [asked, asked]
 
 
 def test_docker_gets_a_terminal_where_there_is_one(box):

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
+import tracemalloc
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 
-from asyncrl.children import Child
-from asyncrl.supervisor import MAX_BACK_OFF_SECONDS, Supervisor
+from asyncrl.children import Child, Forked, last_words
+from asyncrl.logs import EventLog, read_events
+from asyncrl.supervisor import (
+    BACK_OFF_SECONDS,
+    GRACE_SECONDS,
+    KILL_SECONDS,
+    MAX_BACK_OFF_SECONDS,
+    STOP_SECONDS,
+    Supervisor,
+)
+from asyncrl.transport.status import STATUS_BYTES, Status
 from tests.runs import REPOSITORY
 
 
@@ -34,13 +47,91 @@ def test_a_process_that_cannot_be_started_is_tried_again_and_the_others_go_on():
     supervisor._start_the_due()
     assert started == ["learner", "actor 1"]
     assert [kind for kind, _ in events] == ["warning"] and "actor 0" in events[0][1]
-    wait = supervisor.children[1].restart_at - time.monotonic()
-    assert MAX_BACK_OFF_SECONDS - 5 < wait <= MAX_BACK_OFF_SECONDS
+    assert 0 < supervisor.children[1].restart_at - time.monotonic() <= BACK_OFF_SECONDS
     supervisor._start_the_due()
     assert len(started) == 2
     supervisor.children[1].restart_at = time.monotonic()
     supervisor._start_the_due()
     assert started[2:] == ["actor 0"]
+
+
+def test_waits_grow_while_the_system_refuses():
+    supervisor, child = object.__new__(Supervisor), Child("actor", 0)
+    supervisor.events = SimpleNamespace(event=lambda kind, text: None)
+    supervisor.template = SimpleNamespace(is_ready=lambda: True)
+    supervisor.children, waits = [child], []
+
+    def start(child: Child) -> None:
+        raise OSError("the template does not fork")
+
+    supervisor._start = start
+    for _ in range(9):
+        child.restart_at = 0.0
+        supervisor._start_the_due()
+        waits.append(child.restart_at - time.monotonic())
+    expected = [0.5, 1, 2, 4, 8, 16, *3 * [MAX_BACK_OFF_SECONDS]]
+    assert waits == pytest.approx(expected, abs=0.4)
+
+
+def ending(place: Path, *children: Child) -> Supervisor:
+    """One that is about to end, with these children."""
+    supervisor = object.__new__(Supervisor)
+    supervisor.folder, supervisor.children = place, list(children)
+    supervisor.events, supervisor.signals = EventLog(place / "events.log"), []
+    words = np.zeros(STATUS_BYTES // 8, np.int64)
+    supervisor.status = SimpleNamespace(words=words)
+    supervisor.memory = SimpleNamespace(ask_to_stop=lambda: words.__setitem__(Status.STOP, 1))
+    supervisor.grace_seconds, supervisor.exit_status = GRACE_SECONDS, None
+    return supervisor
+
+
+def test_a_learner_that_stands_still_cannot_delay_the_exit(tmp_path, capsys):
+    assert STOP_SECONDS + KILL_SECONDS < 20
+    pids = [os.posix_spawnp("sleep", ["sleep", "99"], os.environ) for _ in range(3)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    children = [Child(*role, Forked(pid)) for role, pid in zip(
+        [("learner", 0), ("actor", 0), ("actor", 1)], pids, strict=True)]  # fmt: skip
+    supervisor = ending(tmp_path, *children)
+    supervisor.signals, supervisor.stop_deadline = [signal.SIGTERM], time.monotonic() - 0.1
+    supervisor._heed_signals()
+    assert supervisor.exit_status == 143
+    assert "no checkpoint in time: everything is killed and nothing was saved at" in (
+        told := capsys.readouterr().err
+    )
+    (event,) = read_events(tmp_path / "events.log")
+    assert event.kind == "stopping" and event.text in told
+    begun = time.monotonic()
+    supervisor._end_all()
+    assert time.monotonic() - begun < 1
+    assert not any(map(psutil.pid_exists, pids))
+
+
+def test_a_run_whose_folder_was_taken_leaves_no_word_in_it(tmp_path, capsys):
+    supervisor = ending(tmp_path / "x")
+    supervisor.run_folder = SimpleNamespace(keep=lambda: None, own_place=tmp_path / "moved")
+    supervisor._keep_folder()
+    assert supervisor.exit_status is None
+    supervisor.run_folder.keep = lambda: "process 7 holds x now"
+    supervisor._keep_folder()
+    supervisor._end_all()
+    assert supervisor.exit_status == 1 and not supervisor.status.words[Status.STOP]
+    assert "to stay this run's, but process 7 holds x now: every" in capsys.readouterr().err
+    assert (tmp_path / "moved" / "events.log").exists() and not (tmp_path / "x").exists()
+
+
+def test_of_a_large_log_only_the_end_is_read(tmp_path):
+    with open(tmp_path / "log", "wb") as file:
+        file.truncate(1 << 30)
+        file.seek(1 << 30)
+        file.write(b"\nthe cartridge caught fire\n")
+    tracemalloc.start()
+    try:
+        assert last_words(tmp_path / "log").endswith("\nthe cartridge caught fire")
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+    assert last_words(tmp_path / "nothing") == ""
 
 
 @pytest.mark.skipif(

@@ -23,7 +23,7 @@ from asyncrl.policies import (
     as_mixture,
     unroll_rng,
 )
-from asyncrl.schedules import Exponential, Linear
+from asyncrl.schedules import Exponential, Linear, Piecewise
 from asyncrl.switch_policies import Certainty, RandomSwitch, Switch
 from asyncrl.transport.ring import Ring, UnrollReader
 from asyncrl.transport.weights import WeightsBuffer, WeightsReader, WeightsWriter, weights_fields
@@ -245,7 +245,8 @@ class Long(gym.Env):
 
 
 LONG = EnvConfig(lambda num_envs: SyncVectorEnv([Long] * num_envs))
-MIX = Mixture((Part("master", ZERO, 0), Part("frontier", Switch(ZERO, ONE, "master", margin=3))))
+FRONTIER = Part("frontier", Switch(ZERO, ONE, "master", margin=3))
+MIX = Mixture((Part("master", ZERO, 1e-12), FRONTIER))
 LONG_LENGTHS = {8, 11, 14}
 
 
@@ -329,7 +330,7 @@ def test_an_actor_knows_names_and_only_lengths_that_are_there():
 
 def test_refusals():
     switch = Switch(Greedy(), Random(), "master")
-    words = r"reference that the mixture has, got 'master' for \('greedy', 'far'\); name one"
+    words = r"reference that the mixture draws, got 'master' for \('greedy', 'far'\); name one"
     with pytest.raises(ValueError, match=words):
         Mixture((Part("greedy", Greedy()), Part("far", switch)))
     with pytest.raises(ValueError, match=r"got 'master' for \('Switch',\)"):
@@ -345,11 +346,18 @@ def test_refusals():
         with pytest.raises(ValueError, match="at least 0 env steps"):
             Switch(Greedy(), Random(), "master", **numbers)
     for probability in (-0.1, 1.5, float("nan")):
-        with pytest.raises(ValueError, match="a probability from 0 to 1"):
+        with pytest.raises(ValueError, match="expected probability of at least 0"):
             RandomSwitch(Greedy(), Random(), probability)
     for numbers in ({"margin": 0}, {"base": -0.1}, {"margin": Linear(-1, 2, 9)}):
-        with pytest.raises(ValueError, match=r"margin > 0 and base >= 0.*use EpsilonGreedy"):
+        with pytest.raises(ValueError, match=r"expected (margin above 0|base of at least 0), got"):
             Certainty(**numbers)
+    never = Part("master", Greedy(), Piecewise((100,), (0.0, 0.0)))
+    with pytest.raises(ValueError, match=r"that the mixture draws, got 'master' for \('far',\)"):
+        Mixture((never, Part("far", switch)))
+    inner = Mixture((Part("master", Greedy()),))
+    for outer in (inner, RandomSwitch(Greedy(), inner), Switch(inner, Random(), "master")):
+        with pytest.raises(ValueError, match="expected no Mixture inside another policy"):
+            Mixture((Part("outer", outer), Part("master", Greedy())))
 
 
 def test_exponential_schedule_by_hand():
@@ -373,4 +381,4 @@ def test_a_switch_that_refers_to_none_is_refused_at_the_start(start, tmp_path):
     (tmp_path / "alone.py").write_text(ALONE)
     status, output = start("alone", tmp_path / "alone.py").finish()
     assert status == 2 and "Traceback" not in output
-    assert "expected a reference that the mixture has, got 'greedy'" in output
+    assert "expected a reference that the mixture draws, got 'greedy'" in output

@@ -34,7 +34,7 @@ class A2CConfig:
     entropy_coef: Any = 0.01
     """A number, or a schedule over env steps."""
     clip_rho: float = 1.0
-    """Importance ratios in the policy's loss are cut off here."""
+    """Importance ratios of the policy's loss, and of vtrace's TD errors, are cut off here."""
     normalize_advantage: bool = False
     reward_clip: float = 0.0
     """Clip rewards to [-reward_clip, reward_clip] (0: as they are)."""
@@ -57,10 +57,10 @@ class A2CConfig:
     def __post_init__(self):
         ac.check_settings(
             self.rollout, self.gamma, self.lambda_, self.n_step, value_coef=self.value_coef,
-            entropy_coef=value_at(self.entropy_coef, 0), reward_clip=self.reward_clip,
+            entropy_coef=self.entropy_coef, reward_clip=self.reward_clip,
             clip_rho=self.clip_rho,
         )  # fmt: skip
-        check_gradient_settings(self.learning_rate, self.max_grad_norm)
+        check_gradient_settings(self.learning_rate, self.max_grad_norm, self.optimizer_eps)
 
     def policy(self) -> Sample:
         """How actors act unless the launch file says otherwise."""
@@ -115,7 +115,7 @@ class A2C:
         current = log_prob(outputs, rollout.action)
         target = ac.targets(
             config.estimator, rollout, value.detach(), current.detach(), config.gamma,
-            config.lambda_, config.n_step, config.reward_clip,
+            config.lambda_, config.n_step, config.reward_clip, config.clip_rho,
         )  # fmt: skip
         advantage = target.advantage
         if config.normalize_advantage:

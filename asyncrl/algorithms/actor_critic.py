@@ -5,13 +5,14 @@ All losses are means over valid steps at fixed shapes: a reset step has weight 0
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from asyncrl.algorithms.distributions import log_prob
 from asyncrl.algorithms.returns import gae, n_step, td_advantage, vtrace
+from asyncrl.schedules import check_range
 from asyncrl.stores.rollout import Rollout, RolloutConfig
 from asyncrl.types import tree_map
 
@@ -34,6 +35,7 @@ def targets(
     lambda_: float,
     n: int,
     reward_clip: float,
+    clip_rho: float = 1.0,
 ) -> Targets:
     """Advantages and value targets of a rollout.
 
@@ -52,7 +54,7 @@ def targets(
         target = n_step(reward, *ends, value, gamma, n)
         return Targets(target - value[:-1], target)
     target, _ = vtrace(
-        current_log_prob, rollout.log_prob, reward, value, *ends, gamma, lambda_
+        current_log_prob, rollout.log_prob, reward, value, *ends, gamma, lambda_, clip_rho
     )
     return Targets(td_advantage(reward, target, value, *ends, gamma), target)
 
@@ -143,7 +145,7 @@ def update_statistics(model: nn.Module, rollout: Rollout) -> None:
 
 
 def check_settings(
-    rollout: RolloutConfig, gamma: float, lambda_: float, n_step: int, **at_least_0: float
+    rollout: RolloutConfig, gamma: float, lambda_: float, n_step: int, **at_least_0: Any
 ) -> None:
     """ValueError for a store or numbers that cannot be."""
     if not isinstance(rollout, RolloutConfig):
@@ -158,5 +160,4 @@ def check_settings(
             f"{gamma}, {lambda_} and {n_step}"
         )
     for name, value in at_least_0.items():
-        if value < 0:
-            raise ValueError(f"expected {name} of at least 0, got {value}")
+        check_range(name, value)

@@ -117,7 +117,8 @@ class DQN:
         if config.replay.priority_exponent:
             store.update_priorities(batch.index, priority.to(store.device))
         metrics |= {"loss/q": loss.detach(), "loss/td_error": priority.mean()}
-        metrics["loss/q_mean"] = batch.outputs["q"].detach().mean()
+        variance, mean = torch.var_mean(batch.outputs["q"].detach())
+        metrics |= {"loss/q_mean": mean, "loss/q_variance": variance}
         if self.updates % config.target_period == 0:
             self._move_target()
         return metrics

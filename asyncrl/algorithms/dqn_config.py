@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from asyncrl.algorithms.gradient import check_gradient_settings
 from asyncrl.models.precision import Precision
 from asyncrl.models.return_heads import C51, IQN, QR
 from asyncrl.policies import EpsilonGreedy
+from asyncrl.schedules import check_range
 from asyncrl.stores.limiter import RateLimiter
 from asyncrl.stores.replay import Replay, ReplayConfig
 from asyncrl.types import Spec, tree_leaves
@@ -101,9 +103,8 @@ class DQNConfig:
                 "expected target_period >= 1 and batch_size >= 1, got "
                 f"{self.target_period} and {self.batch_size}"
             )
-        check_gradient_settings(self.learning_rate, self.max_grad_norm)
-        if self.reward_clip < 0:
-            raise ValueError(f"expected reward_clip of at least 0, got {self.reward_clip}")
+        check_gradient_settings(self.learning_rate, self.max_grad_norm, self.adam_eps)
+        check_range("reward_clip", self.reward_clip)
         self._check_distribution()
         self._check_sequences()
         if not isinstance(self.replay, ReplayConfig):
@@ -121,9 +122,9 @@ class DQNConfig:
         kind = self.distribution
         if kind not in DISTRIBUTIONS:
             raise ValueError(f"expected distribution of {DISTRIBUTIONS}, got {kind!r}")
-        if self.num_atoms < 2 or not self.value_min < self.value_max:
+        if self.num_atoms < 2 or not -inf < self.value_min < self.value_max < inf:
             raise ValueError(
-                "expected num_atoms >= 2 and value_min < value_max, got "
+                "expected num_atoms >= 2 and finite value_min < value_max, got "
                 f"{self.num_atoms}, {self.value_min} and {self.value_max}"
             )
         if min(self.num_quantiles, self.num_tau, self.num_acting_tau) < 1:
@@ -132,7 +133,7 @@ class DQNConfig:
                 f"{self.num_quantiles}, {self.num_tau} and {self.num_acting_tau}"
             )
         temperature, clip = self.munchausen_temperature, self.munchausen_clip
-        if not 0 <= self.munchausen <= 1 or temperature <= 0 or clip > 0:
+        if not (0 <= self.munchausen <= 1 and 0 < temperature < inf and -inf < clip <= 0):
             raise ValueError(
                 "expected 0 <= munchausen <= 1, munchausen_temperature > 0 and munchausen_clip <= "
                 f"0, got {self.munchausen}, {temperature} and {clip}"
@@ -217,16 +218,27 @@ class DQNConfig:
                 "nothing to warm up: leave it out, or give the model a memory (lstm=512)"
             )
         self.limiter(spec, num_lanes)
+        return self._nbytes(model, spec, num_lanes)
+
+    def checkpoint_nbytes(self, model: nn.Module, spec: Spec, num_lanes: int) -> int:
+        """Bytes of the replay that each checkpoint holds: what its unrolls do not tell."""
+        return self._nbytes(model, spec, num_lanes, saved=True)
+
+    def _nbytes(self, model: nn.Module, spec: Spec, num_lanes: int, saved: bool = False) -> int:
+        frame_stack = getattr(model, "frame_stack", 1)
         return Replay.nbytes(
-            spec, num_lanes, self.replay.capacity, frame_stack, self.n_step, **self.replay_options
-        )
+            spec, num_lanes, self.replay.capacity, frame_stack, self.n_step, **self.replay_options,
+            saved=saved,
+        )  # fmt: skip
 
     def limiter(self, spec: Spec, num_lanes: int) -> RateLimiter:
+        """Updates begin when some lane is sure to hold as many rows as a draw looks at."""
         replay = self.replay
+        length = self.burn_in + max(1, self.sequence_length) + self.n_step
         return RateLimiter(
             replay.samples_per_insert,
             self.batch_transitions,
-            replay.learning_starts,
+            max(replay.learning_starts, length * spec.num_envs * num_lanes),
             replay.tolerance,
             spec.unroll_length * spec.num_envs * num_lanes,
         )

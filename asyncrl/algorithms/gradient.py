@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from asyncrl.schedules import value_at
+from asyncrl.schedules import check_range, value_at
 
 OptimizerName = Literal["adam", "rmsprop"]
 
@@ -35,13 +36,62 @@ class GradientStep:
         else:
             self.optimizer = torch.optim.RMSprop(self.parameters, lr=rate, alpha=0.99, eps=eps)
         self.count = 0
+        self.parts = 1  # that batches are learned from in, for want of memory
 
     def __call__(self, loss: Tensor, env_steps: int) -> dict[str, Tensor]:
         """Descend; returns the gradient's norm and whether it was skipped as 0-d tensors."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = value_at(self.learning_rate, env_steps)
         self.optimizer.zero_grad()
         loss.backward()
+        return self._step(env_steps)
+
+    def on_means(
+        self, means: Callable[[slice], dict[str, Tensor]], valid: Tensor, env_steps: int
+    ) -> dict[str, Tensor]:
+        """Descend on the "loss" of a batch (T, N); returns its other means too, as 0-d tensors.
+
+        means(columns): means over the valid steps of some columns, the loss with its graph. Where
+        the GPU has no memory for the batch, it is tried once more in twice as many parts, and so
+        are those to come: the gradient is that of the whole.
+        """
+        try:
+            found = self._backward(means, valid)
+        except torch.cuda.OutOfMemoryError:
+            if self.parts >= valid.shape[1]:
+                raise
+            found = None
+        if found is None:  # not above, where the traceback still holds the failed one's tensors
+            torch.cuda.empty_cache()
+            self.parts *= 2
+            found = self._backward(means, valid)
+        if self.parts > 1:
+            found["loss/parts"] = torch.tensor(float(self.parts))
+        return found | self._step(env_steps)
+
+    def _backward(
+        self, means: Callable[[slice], dict[str, Tensor]], valid: Tensor
+    ) -> dict[str, Tensor]:
+        """The whole batch's gradient, and its means, from parts that count by their valid steps."""
+        self.optimizer.zero_grad()
+        if self.parts == 1:
+            found = means(slice(None))
+            found.pop("loss").backward()
+            return found
+        N, total = valid.shape[1], valid.sum().clamp(min=1)
+        size = -(-N // self.parts)
+        found: dict[str, Tensor] = {}
+        for begin in range(0, N, size):
+            columns = slice(begin, begin + size)
+            share = valid[:, columns].sum() / total
+            for name, value in means(columns).items():
+                if name == "loss":
+                    value.backward(share)
+                else:
+                    found[name] = found.get(name, 0.0) + share * value
+        return found
+
+    def _step(self, env_steps: int) -> dict[str, Tensor]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = value_at(self.learning_rate, env_steps)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or float("inf"))
         skipped = (~torch.isfinite(norm)).float()
         if isinstance(self.optimizer, torch.optim.Adam):
@@ -65,10 +115,8 @@ class GradientStep:
         self.count = state["count"]
 
 
-def check_gradient_settings(learning_rate: Any, max_grad_norm: float) -> None:
-    """ValueError for what cannot be a learning rate or a norm."""
-    if min(value_at(learning_rate, 0), max_grad_norm) < 0:
-        raise ValueError(
-            "expected learning_rate and max_grad_norm of at least 0, got "
-            f"{learning_rate} and {max_grad_norm}"
-        )
+def check_gradient_settings(learning_rate: Any, max_grad_norm: float, eps: float) -> None:
+    """ValueError for what cannot be a learning rate, a norm or an optimizer's epsilon."""
+    check_range("learning_rate", learning_rate)
+    check_range("max_grad_norm", max_grad_norm)
+    check_range("eps of the optimizer", eps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from asyncrl.models.precision import Precision, computes_in_bfloat16
 from asyncrl.policies import Sample
 from asyncrl.schedules import value_at
 from asyncrl.stores.rollout import RolloutConfig, RolloutQueue, Sequences, Steps
-from asyncrl.types import Spec, tree_leaves
+from asyncrl.types import Spec, tree_leaves, tree_map
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class PPOConfig:
     def __post_init__(self):
         ac.check_settings(
             self.rollout, self.gamma, self.lambda_, self.n_step, value_coef=self.value_coef,
-            entropy_coef=value_at(self.entropy_coef, 0), reward_clip=self.reward_clip,
-            clip_ratio=value_at(self.clip_ratio, 0), clip_value=self.clip_value,
+            entropy_coef=self.entropy_coef, reward_clip=self.reward_clip,
+            clip_ratio=self.clip_ratio, clip_value=self.clip_value,
             target_kl=self.target_kl,
         )  # fmt: skip
         if self.epochs < 1 or self.num_minibatches < 1:
@@ -79,7 +80,7 @@ class PPOConfig:
                 "expected epochs and num_minibatches of at least 1, got "
                 f"{self.epochs} and {self.num_minibatches}"
             )
-        check_gradient_settings(self.learning_rate, self.max_grad_norm)
+        check_gradient_settings(self.learning_rate, self.max_grad_norm, self.optimizer_eps)
 
     def policy(self) -> Sample:
         """How actors act unless the launch file says otherwise."""
@@ -159,6 +160,7 @@ class PPO:
         )  # fmt: skip
         self.bfloat16 = computes_in_bfloat16(config.precision, device)
         self.generator = torch.Generator()
+        self.beat: Callable[[], bool] = lambda: False  # called at each step; whether to stop there
 
     @property
     def updates(self) -> int:
@@ -172,14 +174,15 @@ class PPO:
         return RolloutQueue(self.config.rollout, spec, num_lanes, self.config.epochs)
 
     def update(self, store: RolloutQueue) -> dict[str, Tensor]:
-        """One rollout, `epochs` passes; returns metrics of the last step as 0-d tensors."""
+        """One rollout, `epochs` passes; returns metrics of the last step as 0-d tensors, and of
+        all steps (steps,) which were skipped."""
         config, rollout = self.config, store.sample(self.device)
         T, N = rollout.action.shape[:2]
         inputs = Sequences(rollout) if self.of_sequences else Steps(
             rollout, getattr(self.model, "frame_stack", 1)
         )  # fmt: skip
         pieces = N if self.of_sequences else T * N
-        size = pieces // config.num_minibatches
+        size = max(1, pieces // config.num_minibatches)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             value, current = ac.evaluate(self.model, rollout, T * N // config.num_minibatches)
         target = ac.targets(
@@ -195,21 +198,22 @@ class PPO:
             columns = tuple(column.flatten(0, 1).unsqueeze(0) for column in columns)
 
         metrics: dict[str, Tensor] = {}
-        begun = self.updates
+        skipped: list[Tensor] = []
         for _ in range(config.epochs):
             order = torch.randperm(pieces, generator=self.generator).to(self.device)
             shuffled = [column[:, order].split(size, 1) for column in columns]
             for index, *chosen in zip(order.split(size), *shuffled, strict=True):
-                skipped = metrics.get("loss/skipped", 0.0)
                 metrics = self._step(inputs[index], *chosen, store.limiter.inserted)
-                metrics["loss/skipped"] = metrics["loss/skipped"].clamp(min=skipped)  # of any step
+                skipped.append(metrics["loss/skipped"])
+                if self.beat():
+                    break
                 if config.target_kl and metrics["loss/kl"] > config.target_kl:
                     break
             else:
                 continue
             break
-        passes = (self.updates - begun) / config.num_minibatches
-        store.used(passes)
+        store.used(len(skipped) / -(-pieces // size))
+        metrics["loss/skipped"] = torch.stack(skipped)
         metrics["loss/explained_variance"] = ac.explained_variance(
             value[:-1], target.value, rollout.valid
         )
@@ -222,28 +226,40 @@ class PPO:
     ) -> dict[str, Tensor]:
         """One minibatch, one step of gradient descent."""
         config = self.config
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            outputs, _ = self.model(*inputs)
         if config.normalize_advantage:
             advantage = ac.normalize(advantage, valid)
         clip_ratio = value_at(config.clip_ratio, env_steps)
-        policy, ratio = ppo_loss(
-            log_prob(outputs, action), behaviour, advantage, valid, clip_ratio
-        )
-        value = value_loss(
-            outputs["value"], old_value, value_target, valid, config.clip_value,
-            ac.return_scale(self.model),
-        )  # fmt: skip
-        spread = ac.mean(entropy(outputs), valid)
-        loss = policy + config.value_coef * value
-        loss = loss - value_at(config.entropy_coef, env_steps) * spread
-        return self.descend(loss, env_steps) | {
-            "loss/policy": policy.detach(),
-            "loss/value": value.detach(),
-            "loss/entropy": spread.detach(),
-            "loss/kl": ac.divergence(ratio, valid),
-            "loss/clipped": ac.clipped_share(ratio, valid, clip_ratio),
-        }
+        entropy_coef = value_at(config.entropy_coef, env_steps)
+        rows, states = inputs[:2], inputs[2]
+        columns = action, behaviour, valid, old_value, advantage, value_target
+
+        def means(envs: slice) -> dict[str, Tensor]:
+            """Of the loss and its parts, over the valid steps of some columns."""
+            state = tree_map(lambda leaf: leaf[envs], states)
+            obs, first = tree_map(lambda leaf: leaf[:, envs], rows)
+            action, behaviour, valid, old_value, advantage, value_target = (
+                column[:, envs] for column in columns
+            )
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+                outputs, _ = self.model(obs, first, state)
+            policy, ratio = ppo_loss(
+                log_prob(outputs, action), behaviour, advantage, valid, clip_ratio
+            )
+            value = value_loss(
+                outputs["value"], old_value, value_target, valid, config.clip_value,
+                ac.return_scale(self.model),
+            )  # fmt: skip
+            spread = ac.mean(entropy(outputs), valid)
+            return {
+                "loss": policy + config.value_coef * value - entropy_coef * spread,
+                "loss/policy": policy.detach(),
+                "loss/value": value.detach(),
+                "loss/entropy": spread.detach(),
+                "loss/kl": ac.divergence(ratio, valid),
+                "loss/clipped": ac.clipped_share(ratio, valid, clip_ratio),
+            }
+
+        return self.descend.on_means(means, valid, env_steps)
 
     def state_dict(self) -> dict:
         """Nested dict of tensors and numbers."""

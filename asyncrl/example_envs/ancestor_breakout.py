@@ -20,9 +20,9 @@ class AncestorBreakout(AtariEnv):
 
     A lost life terminates. A reset thereafter begins a new game only when the last life is lost (or
     when it is seeded), so that five episodes in a row are one game and their returns add up to its
-    score. After `stall_steps` without reward the life is played to its end at random within that
-    step, and what random play scores is not counted. Registered with a limit of 10,000 steps; a
-    life cut by it goes on as the next episode.
+    score; `info["game_goes_on"]` says that it is not over. After `stall_steps` without reward the
+    life is played to its end at random within that step, and what random play scores is not
+    counted. Registered with a limit of 10,000 steps; a life cut by it goes on as the next episode.
     """
 
     def __init__(
@@ -74,6 +74,9 @@ class AncestorBreakout(AtariEnv):
             self.ale.act(ACTIONS[self.np_random.integers(len(ACTIONS))])
             if self.ale.lives() < self._lives:
                 return
+
+    def _get_info(self) -> dict:
+        return super()._get_info() | {"game_goes_on": not self.ale.game_over()}
 
     def _get_obs(self) -> np.ndarray:
         return self.ale.getScreenGrayscale()[FIELD].copy()

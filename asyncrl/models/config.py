@@ -63,6 +63,10 @@ class ModelConfig:
                 f"expected head of {HEADS}, activation of {tuple(ACTIVATIONS)} and lstm >= 0, got "
                 f"{self.head!r}, {self.activation!r} and {self.lstm}"
             )
+        if min((self.features, *self.hidden)) < 1:
+            raise ValueError(
+                f"expected features and hidden of at least 1, got {self.features} and {self.hidden}"
+            )
         if self.lstm and not self.shared:
             raise ValueError(
                 f"expected shared=True with an LSTM, got shared=False and lstm={self.lstm}; "

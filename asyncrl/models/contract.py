@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
@@ -45,12 +47,24 @@ def try_model(
                 f"expected model.initial_state({B}) to give tensors whose first axis is {B}, got "
                 f"{type(leaf).__name__} of shape {shape}: {CONTRACT}"
             )
-    obs = tree_map(
-        lambda field: torch.zeros((T, B, *field.shape), dtype=getattr(torch, field.dtype)),
-        space_fields(observation_space),
-    )
+    space = deepcopy(observation_space)  # whose seed is the environment's
+    space.seed(0)
+
+    def stacked(field: Field, *samples: Any) -> torch.Tensor:
+        rows = np.stack([np.asarray(sample, field.dtype) for sample in samples])
+        rows = rows.clip(-10, 10) if rows.dtype.kind == "f" else rows  # bounds may be far away
+        return torch.from_numpy(rows.reshape(T, B, *field.shape))
+
+    samples = [space.sample() for _ in range(T * B)]
+    obs = tree_map(stacked, space_fields(observation_space), *samples)
     with torch.no_grad():
         outputs, after = model(obs, torch.ones(T, B, dtype=torch.bool), state)
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(
+                f"expected finite parameters, got others in {name} before anything was learned; "
+                "look at how the model fills it"
+            )
     before, fields = _fields(state), _fields(after)
     if before != fields:
         raise ValueError(

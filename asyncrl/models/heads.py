@@ -115,9 +115,13 @@ class MultiCategorical(nn.Module):
 class Gaussian(nn.Module):
     """{"mean", "log_std", "low", "high"}, each (N, *action), of u ~ Normal(mean, exp(log_std)).
 
-    The action is low + (tanh(u) + 1) / 2 * (high - low) where both bounds are finite, else u. The
-    standard deviation is learned and is the same for every observation.
+    The action is low + (tanh(u) + 1) / 2 * (high - low) where both bounds are finite, else u. There
+    the mean stays within 4, of which tanh is 0.999: farther out a float32 action no longer tells
+    its u, and the gradient of its log-probability would be wrong. The standard deviation is learned
+    and is the same for every observation.
     """
+
+    farthest = 4.0
 
     def __init__(self, features: int, space: spaces.Box, initial_log_std: float):
         super().__init__()
@@ -138,5 +142,7 @@ class Gaussian(nn.Module):
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         mean = self.layer(features).reshape(-1, *self.shape)
+        bounded = self.low.isfinite() & self.high.isfinite()
+        mean = torch.where(bounded, self.farthest * torch.tanh(mean / self.farthest), mean)
         constants = {"log_std": self.log_std, "low": self.low, "high": self.high}
         return {"mean": mean} | {k: part.expand_as(mean) for k, part in constants.items()}

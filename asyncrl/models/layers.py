@@ -25,8 +25,8 @@ class NoisyLinear(nn.Linear):
     """A linear layer whose weights are Gaussian, by factorised noise (Fortunato et al. 2018).
 
     weight + weight_sigma * outer(noise_out, noise_in), bias + bias_sigma * noise_out. The noise is
-    a buffer that only `redraw` changes: the learner redraws it before each update and publishes it
-    with the weights, so whoever acts draws nothing and acts on what a seed decides.
+    a buffer that only `redraw` changes: the learner redraws it before each update, an actor before
+    each unroll.
     """
 
     def __init__(self, inputs: int, outputs: int, sigma: float = 0.5):
@@ -39,10 +39,10 @@ class NoisyLinear(nn.Linear):
         self.redraw()
 
     @torch.no_grad()
-    def redraw(self) -> None:
-        """New noise from torch's generator: sign(x) sqrt(|x|) of normal x."""
+    def redraw(self, generator: torch.Generator | None = None) -> None:
+        """New noise: sign(x) sqrt(|x|) of normal x, drawn by torch's own generator or this one."""
         for noise in (self.noise_in, self.noise_out):
-            noise.normal_()
+            noise.normal_(generator=generator)
             noise.copy_(noise.sign() * noise.abs().sqrt())
 
     @torch.no_grad()

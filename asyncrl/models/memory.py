@@ -20,7 +20,7 @@ def states_before(
     The states lack "frames". A model that has a method `states`, as built-in ones do, goes through
     all rows at once; others are called for each stretch between two of them.
     """
-    if hasattr(model, "states"):
+    if callable(getattr(model, "states", None)):
         outputs, _, states = model.states(obs, first, state, rows)
     else:
         pieces, states = [], []

@@ -48,6 +48,11 @@ class RateLimiter:
         self.inserted = 0  # env steps
         self.sampled = 0  # transitions
 
+    @property
+    def filling(self) -> bool:
+        """Whether nothing is learned yet, or not again since the store was emptied."""
+        return self.inserted < self.counts_from
+
     def updates_allowed(self) -> int:
         """Batches that may be drawn now."""
         owed = self.samples_per_insert * (self.inserted - self.starts_at) - self.sampled

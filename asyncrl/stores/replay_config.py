@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from asyncrl.schedules import check_range
 from asyncrl.stores.selection import Selection
 from asyncrl.stores.sequences import SequenceShape
 from asyncrl.types import Spec, tree_leaves
@@ -40,11 +41,8 @@ class ReplayConfig:
                 "expected 0 <= priority_exponent <= 1 and a state_dtype of float16 or float32, got "
                 f"{self.priority_exponent} and {self.state_dtype!r}"
             )
-        if not hasattr(self.importance_exponent, "at") and not 0 <= self.importance_exponent <= 1:
-            raise ValueError(
-                "expected importance_exponent from 0 to 1, or a schedule, got "
-                f"{self.importance_exponent}"
-            )
+        check_range("importance_exponent", self.importance_exponent, most=1)
+        check_range("samples_per_insert", self.samples_per_insert, above=True)
 
 
 def rows_per_lane(
@@ -75,9 +73,10 @@ def replay_nbytes(
     sequence_length: int = 0,
     burn_in: int = 0,
     state_dtype: str = "float16",
+    saved: bool = False,
 ) -> int:
-    """Memory that a replay of these settings takes, for the preflight; ValueError for too small a
-    capacity."""
+    """Memory that a replay of these settings takes, for the preflight, or how much of it each
+    checkpoint holds at most; ValueError for too small a capacity."""
     # Reward; first, terminated, truncated, valid.
     row = sum(field.nbytes for field in tree_leaves(spec.obs)) + spec.action.nbytes + 4 + 4
     window, period, entry = n_step, 1, 0
@@ -89,5 +88,5 @@ def replay_nbytes(
     seams = num_lanes * rows if sequence_length else 0
     count = num_lanes * rows * spec.num_envs
     entries = count // period
-    selection = Selection.nbytes(entries, priority_exponent)
-    return count * row + seams + entries * entry + selection
+    states_and_priorities = entries * entry + Selection.nbytes(entries, priority_exponent)
+    return states_and_priorities + (0 if saved else count * row + seams)

@@ -60,6 +60,8 @@ class Rollout(NamedTuple):
 class RolloutLimiter:
     """Counts what came in and what was learned from; the queue's bound is the rate limit."""
 
+    filling = False  # one rollout is enough
+
     def __init__(self, uses: int, rounds_ahead: int):
         self.samples_per_insert = float(uses)  # epochs: how often each transition is learned from
         self.rounds_ahead = rounds_ahead  # unrolls of each lane begun and not yet inserted
@@ -91,9 +93,19 @@ class RolloutQueue:
 
     @classmethod
     def nbytes(cls, config: RolloutConfig, spec: Spec, num_lanes: int) -> int:
-        """Memory at most: the queue, the rollout made of it and one copy on its way."""
+        """Memory at most: the queue, the rollout made of it and one copy on its way. ValueError
+        where most of what is acted would be too old."""
         num_unrolls = config.num_unrolls or num_lanes
-        return (3 + config.ahead) * num_unrolls * spec.layout.nbytes
+        queue = max((1 + config.ahead) * num_unrolls, num_lanes)  # all lanes play a round at once
+        rollouts = -(-queue // num_unrolls)
+        if 0 < config.max_lag < rollouts:
+            raise ValueError(
+                f"expected rollout.max_lag of at least {rollouts}, got {config.max_lag}: up to "
+                f"{queue} unrolls of {num_lanes} lanes wait, {num_unrolls} for each update, so the "
+                "last are learned from that many versions late and would be dropped; raise "
+                "max_lag or num_unrolls"
+            )
+        return (queue + 2 * num_unrolls) * spec.layout.nbytes
 
     # -- inserting -------------------------------------------------------------------------------
 

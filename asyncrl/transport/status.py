@@ -21,8 +21,8 @@ class Status:
     LEARNER_BEAT, EVALUATOR_BEAT = 3, 4  # written by their owners
     LEARNER_RESTARTS, EVALUATOR_RESTARTS = 5, 6  # by the supervisor
     DONE = 7  # by the learner, when all is saved
-    EVALUATION = ("eval/return", "eval/life_return", "eval/length", "eval/episodes",
-                  "eval/env_steps")  # fmt: skip
+    EVALUATION = ("eval/return", "eval/life_return", "eval/life_score", "eval/length",
+                  "eval/episodes", "eval/env_steps")  # fmt: skip
     # Written by the supervisor. Private memory, so that what is shared is counted once.
     USAGE = ("memory/supervisor_mb", "memory/learner_mb", "memory/actors_mb",
              "memory/evaluator_mb", "memory/shared_mb", "fds/supervisor", "fds/learner",

@@ -156,6 +156,10 @@ def fault_18(lab: Lab) -> Outcome:
     lab.until(run, lambda: run.metrics(), "metrics")
     lab.until_env_steps(run)
     expect(not run.count("death"), "somebody died of it")
+    kill(run.find("actor 0"))
+    lab.until(run, lambda: run.count("restarted", "actor 0"), "the actor, by files put back")
+    lab.until_env_steps(run)
+    expect(run.count("death") == 1, "it died again")
     lab.stop(run)
     check_saved(run)
     return outcome
@@ -165,6 +169,7 @@ def fault_22(lab: Lab) -> Outcome:
     """A second process on one folder; then a holder that was killed."""
     run = lab.running()
     lab.until_learning(run, checkpoints=1)
+    (run.folder / "lock").unlink()  # the folder itself is locked
     second = lab.start()
     status, output = second.finish(60 * lab.patience)
     expect(status == 2, f"expected exit status 2, got {status}: {output}")

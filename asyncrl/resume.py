@@ -1,0 +1,77 @@
+"""Where a run goes on: the newest checkpoint that can be used, or the beginning.
+
+What was saved is never begun anew unasked: where none of it can be used, that is refused in words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from asyncrl.checkpoint import Checkpoints, Loaded
+from asyncrl.disk import CheckpointError
+from asyncrl.logs import EventLog, read_episodes, read_events, read_metrics
+
+REMEDY = "put one back, or begin a run with another id"
+
+
+def load_newest(
+    checkpoints: Checkpoints, load: Callable[[Loaded], None], events: EventLog
+) -> Loaded | None:
+    """Load the newest checkpoint that `load` takes; None where there never was one.
+
+    Where the replay of all of them is damaged, the newest is used without. CheckpointError where
+    there is none that can be used, or none left of those that were saved.
+    """
+    refused: list[Loaded] = []
+    while (loaded := checkpoints.newest_valid()) and (why := _refusal(load, loaded)):
+        checkpoints.reject(loaded, why)
+        refused.append(loaded)
+    for path, reason in checkpoints.rejected:
+        events.event("refused", f"checkpoint {path.name} not used: {reason}")
+    if loaded is not None:
+        return loaded
+    for candidate in refused:
+        bare = dataclasses.replace(candidate, segments=[])
+        if candidate.segments and not _refusal(load, bare):
+            events.event("refused", f"{bare.path.name} is used without its replay")
+            return bare
+    if checkpoints.rejected:
+        reasons = "; ".join(f"{path.name}: {why}" for path, why in checkpoints.rejected)
+        raise CheckpointError(f"expected a valid checkpoint, got {reasons}; {REMEDY}")
+    saved = [event.text for event in read_events(events.path)
+             if event.kind == "checkpoint" and event.text.startswith("checkpoint_")]  # fmt: skip
+    if saved:
+        raise CheckpointError(
+            f"expected a checkpoint in {checkpoints.folder}, got none, but {events.path.name} has "
+            f"{saved[-1]!r}; {REMEDY}"
+        )
+    return None
+
+
+def say_what_is_cut(folder: Path, events: EventLog) -> None:
+    """A run that ended before its first checkpoint begins anew, and with it its logs."""
+    rows = len(read_metrics(folder).get("env_steps", ()))
+    episodes = len(read_episodes(folder)["env_steps"])
+    if rows or episodes:
+        text = f"no checkpoint was saved yet: {rows} rows of metrics.jsonl and {episodes} episodes"
+        events.event("learner", f"{text} of the start before are cut")
+
+
+def _refusal(load: Callable[[Loaded], None], loaded: Loaded) -> str:
+    """Why it cannot be loaded, or nothing where it has been."""
+    try:
+        load(loaded)
+    except CheckpointError as error:
+        return str(error)
+    except torch.cuda.OutOfMemoryError:  # is not its fault
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        return (
+            "expected the state of a learner of this configuration, got "
+            f"{type(error).__name__}: {error}"
+        )
+    return ""

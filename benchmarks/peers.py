@@ -1,0 +1,106 @@
+"""The tasks of benchmarks/throughput.py, and how asyncrl and the others are started on them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from measure import REPOSITORY, Program, train
+
+
+class Task(NamedTuple):
+    """The same for all systems: how many transitions an optimizer step learns from, and after how
+    many env steps there is one. Nets, environments and epochs are written down in each script."""
+
+    batch: int
+    env_steps: float
+    launch: str
+    peers: tuple[str, ...]
+    plain: str
+    options: dict[str, object] = {}  # noqa: RUF012  of asyncrl
+
+
+ON_POLICY = "peer_plain_on_policy"
+TASKS = {
+    "dqn": Task(
+        32, 4, "breakout_dqn", ("sb3",), "peer_plain_dqn", {
+            "algorithm.double": False, "model.dueling": False, "algorithm.n-step": 1,
+            "algorithm.batch-size": 32, "algorithm.replay.samples-per-insert": 8,
+            "algorithm.replay.capacity": 100_000, "algorithm.replay.learning-starts": 2_000,
+        },
+    ),
+    "a2c": Task(80, 80, "breakout_a2c", ("sb3",), ON_POLICY),
+    "ppo": Task(256, 64, "breakout_ppo", ("sb3", "sf"), ON_POLICY),
+    "impala": Task(640, 640, "breakout_impala", ("sf", "rllib"), ON_POLICY),
+    "cartpole_ppo": Task(
+        64, 6.4, "cartpole_ppo", ("sb3", "sf"), ON_POLICY,
+        # The learning rate falls to 0, and the updates cost the same ever after.
+        {"total-env-steps": 10**9},
+    ),
+}  # fmt: skip
+SHARED = {"evaluation.period-steps": 0, "learner.log-seconds": 1}
+
+# What a peer's virtual environment gets, what must be there, and what is of the version used here.
+PEERS = {
+    "sb3": (
+        ["stable-baselines3", "opencv-python-headless"], "stable_baselines3, ale_py, cv2",
+        ["torch", "ale-py", "numpy"],
+    ),
+    "sf": (
+        ["sample-factory", "opencv-python-headless"], "sample_factory, ale_py, cv2",
+        ["torch", "ale-py"],  # it needs Gymnasium before 1.0 and NumPy before 2
+    ),
+    "rllib": (
+        ["ray[rllib]", "opencv-python-headless"], "ray, gymnasium, ale_py, cv2",
+        ["torch", "ale-py"],
+    ),
+}  # fmt: skip
+
+
+def make_venv(name: str, folder: Path) -> Path:
+    """A Python with a peer in it."""
+    python = folder / "bin" / "python"
+    packages, modules, same = PEERS[name]
+    check = [python, "-c", f"import {modules}"]
+    if not python.exists() or subprocess.run(check, capture_output=True).returncode:
+        versions = [f"{p}=={importlib.metadata.version(p).partition('+')[0]}" for p in same]
+        packages = [*packages, *versions]
+        print(f"making {folder} with {', '.join(packages)}", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
+    return python
+
+
+def words(task: str, rest: list[str]) -> list[str]:
+    """The options that a task has for asyncrl, and those of the command line."""
+    options = (TASKS[task].options | SHARED).items()
+    return [str(word) for name, value in options for word in (f"--{name}", value)] + rest
+
+
+def start(
+    name: str, task: str, runs: Path, seed: int, pythons: dict[str, Path], rest: list[str]
+) -> Program:
+    """One of the systems, in a folder for its files."""
+    if name == "asyncrl":
+        return train(f"launch/{TASKS[task].launch}.py", name, runs, *words(task, rest))
+    script = TASKS[task].plain if name == "plain" else f"peer_{name}"
+    script = REPOSITORY / "benchmarks" / f"{script}.py"
+    command = [pythons.get(name, sys.executable), script, runs / "rows", task, seed]
+    return Program(command, runs / "log", runs / "rows")
+
+
+def ideal(task: str, runs: Path, rest: list[str]) -> tuple[dict, str]:
+    """What the parts of a task come to, perfectly overlapped, and why not more: peer_ideal.py."""
+    script = REPOSITORY / "benchmarks" / "peer_ideal.py"
+    launch = REPOSITORY / "launch" / f"{TASKS[task].launch}.py"
+    command = [sys.executable, script, runs / "result", launch, *words(task, rest)]
+    program = Program(command, runs / "log", runs / "result")
+    try:
+        program.process.wait(900)
+        row = program.rows()[0]
+        return {"env steps/s": row["env steps/s"]}, row["limit"]
+    finally:
+        program.stop()

@@ -1,0 +1,88 @@
+"""The actor on real environments and plain memory: where a policy of the mix is drawn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from asyncrl.actor import Actor, ActorConfig, context_fields
+from asyncrl.env_config import EnvConfig
+from asyncrl.envs import make_envs
+from asyncrl.policies import Greedy, Mixture, Part, Random
+from asyncrl.switch_policies import RandomSwitch, Switch
+from asyncrl.transport.ring import Ring, UnrollReader
+from asyncrl.transport.weights import WeightsBuffer, WeightsReader, WeightsWriter, weights_fields
+from asyncrl.types import Spec, tree_map
+
+pytest.importorskip("ale_py")
+BREAKOUT = EnvConfig("ALE/Breakout-v5", num_threads=1)
+T, B = 20, 2
+
+
+class Indifferent(nn.Module):
+    """Likes all four actions alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Parameter(torch.zeros(4))
+
+    def initial_state(self, num_envs):
+        return {}
+
+    def forward(self, obs, first, state):
+        return {"q": self.q.expand(*first.shape, 4)}, state
+
+
+def play(mix: Mixture, num_unrolls: int) -> dict[str, np.ndarray]:
+    """Columns (rows, B) of what an actor wrote."""
+    config = ActorConfig(lanes_per_actor=1, envs_per_lane=B, unroll_length=T)
+    envs = make_envs(BREAKOUT, 1)
+    spec = Spec(T, B, envs.observation_space, envs.action_space, {})
+    envs.close()
+    ring = Ring(bytearray(Ring.nbytes(spec, config.slots_per_lane)), spec, config.slots_per_lane)
+    fields = weights_fields(Indifferent().state_dict(), context_fields(len(mix.parts)))
+    buffer = WeightsBuffer(bytearray(WeightsBuffer.nbytes(fields)), fields)
+    writer, reader, unrolls = WeightsWriter(buffer), UnrollReader(ring), []
+    writer.back()["model"]["q"][...] = 0
+    writer.publish()
+    actor = Actor(
+        0, config, {0: ring}, WeightsReader(buffer), Indifferent(), mix,
+        lambda: make_envs(BREAKOUT, B), seed=1,
+    )  # fmt: skip
+    for unroll in range(num_unrolls):
+        reader.permit(unroll + 1)
+        actor.play()
+        unrolls.append(tree_map(np.copy, reader.take()[0]))
+        reader.release()
+    actor.close()
+    names = ("policy", "terminated", "episode_length", "first")
+    return {name: np.concatenate([getattr(row, name)[:T] for row in unrolls]) for name in names}
+
+
+@pytest.mark.parametrize("scope", ["game", "life"])
+def test_a_policy_is_drawn_at_each_game_or_life(scope):
+    """Of 20 alike, so that the same one is hardly ever drawn twice in a row."""
+    mix = Mixture(tuple(Part(str(i), Random()) for i in range(20)), scope)
+    rows = play(mix, 40)
+    changes = rows["policy"][1:] != rows["policy"][:-1]
+    game, over = rows["first"][1:], rows["episode_length"][:-1] > 0
+    life = rows["terminated"][:-1] & ~over
+    assert game.sum() >= 4 and life.sum() >= 16
+    assert not changes[~game & ~life & ~over].any()
+    assert changes[game].mean() > 0.7
+    if scope == "game":
+        assert not changes[life].any()
+    else:
+        assert changes[life].mean() > 0.8
+
+
+def test_lengths_by_policy_are_not_looked_at_where_parts_change_within_a_game():
+    """A game is booked on the part of its last life, so a `Switch` would be led astray."""
+    master, switch = Part("master", Greedy()), Switch(Greedy(), Random(), "master")
+    for far in (switch, RandomSwitch(Greedy(), switch)):
+        Mixture((master, Part("far", far)))
+        with pytest.raises(ValueError, match=r'scope of "game" for far, .* got "life"; use "game"'):
+            Mixture((master, Part("far", far)), "life")
+    Mixture((master, Part("far", RandomSwitch(Greedy(), Random()))), "life")

@@ -1,0 +1,85 @@
+"""What a launch file says is of its declared type, or refused by the name of the field."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from asyncrl import (
+    A2CConfig,
+    Config,
+    DQNConfig,
+    EnvConfig,
+    EpsilonGreedy,
+    LearnerConfig,
+    Linear,
+    Mixture,
+    ModelConfig,
+    Part,
+    PPOConfig,
+    ReplayConfig,
+)  # fmt: skip
+from asyncrl.config import ConfigError, complete, load_launch_file
+
+NAN = float("nan")
+CONFIG = Config(EnvConfig("CartPole-v1"))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"total_env_steps": 1e6}, "total_env_steps to be int, got 1000000.0"),
+        ({"seed": True}, "seed to be int, got True"),
+        ({"schedule": "sync"}, "schedule to be Literal.*got 'sync'"),
+        ({"algorithm": DQNConfig(batch_size=32.5)}, "algorithm.batch_size to be int, got 32.5"),
+        ({"algorithm": DQNConfig(precision="fp8")}, "algorithm.precision to be .*got 'fp8'"),
+        ({"algorithm": DQNConfig(num_quantiles=8.0)}, "algorithm.num_quantiles to be int"),
+        ({"algorithm": A2CConfig(precision="half")}, "algorithm.precision to be .*got 'half'"),
+        ({"model": ModelConfig(hidden=(8, 8.5))}, r"model.hidden to be tuple.*got \(8, 8.5\)"),
+        ({"model": ModelConfig(initial_log_std=NAN)}, "model.initial_log_std to be float, got nan"),
+        ({"policy": Mixture((Part(3, EpsilonGreedy()),))}, r"policy.parts\[0\].name to be str"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_name(changes, words):
+    with pytest.raises(ConfigError, match=f"expected {words}"):
+        complete(replace(CONFIG, **changes))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LearnerConfig(checkpoint_seconds=NAN),
+        lambda: LearnerConfig(log_seconds=0),
+        lambda: replace(CONFIG, seed=2**63),
+        lambda: ModelConfig(hidden=(64, 0)),
+        lambda: ReplayConfig(samples_per_insert=float("inf")),
+        lambda: ReplayConfig(importance_exponent=Linear(0.4, 7.0, 9)),
+        lambda: DQNConfig(learning_rate=Linear(1e-3, -1e-3, 9)),
+        lambda: DQNConfig(max_grad_norm=NAN),
+        lambda: DQNConfig(adam_eps=-1.0),
+        lambda: DQNConfig(reward_clip=NAN),
+        lambda: DQNConfig(distribution="c51", value_min=-float("inf")),
+        lambda: DQNConfig(munchausen_temperature=NAN),
+        lambda: A2CConfig(optimizer_eps=NAN),
+        lambda: PPOConfig(clip_ratio=Linear(0.2, -0.2, 9)),
+        lambda: PPOConfig(entropy_coef=NAN),
+    ],
+)
+def test_a_number_that_cannot_be_is_refused(make):
+    with pytest.raises(ValueError, match=r"expected .*, got"):
+        make()
+
+
+def test_a_list_may_stand_for_a_tuple_and_an_int_for_a_float():
+    config = replace(CONFIG, model=ModelConfig(hidden=[8, 8]), algorithm=DQNConfig(gamma=1))
+    assert complete(config).model.hidden == [8, 8]
+
+
+def test_every_profile_of_every_launch_file_is_of_its_declared_types():
+    files, profiles = sorted((Path(__file__).parent.parent / "launch").glob("*.py")), 0
+    for file in files:
+        found = vars(load_launch_file(file)).values()
+        profiles += len([complete(config) for config in found if isinstance(config, Config)])
+    assert profiles > len(files) > 20
