@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from asyncrl.costs import (
     WORTH_IT,
     Cost,
     Forecast,
+    brief,
     forecast,
     reshaped,
     small_replay,
@@ -25,8 +27,10 @@ from asyncrl.costs import (
     wire,
 )
 from asyncrl.limits import usable_cores
+from asyncrl.metrics import percent
 from asyncrl.plan import in_words, prepare
 
+TRIAL_SECONDS = 50.0  # for other ways to share out the environments
 
 @dataclass(frozen=True)
 class Shape:
@@ -96,13 +100,22 @@ def bench(launch_file: Path, options: list[str]) -> None:
 
     print(f"{'one actor alone':<40}{'env steps/s':>12}{'cores busy':>12}")
     acting: dict[tuple[int, int], Cost] = {}
+
+    def play(config, lanes: int, envs: int) -> list[bytearray]:
+        acting[lanes, envs], unrolls = time_actor(reshaped(config, 1, lanes, envs))
+        _line(f"{_count(lanes, 'group')} of {_count(envs, 'env')}, on {own.device}",
+              acting[lanes, envs])  # fmt: skip
+        return unrolls
+
+    begun, left_out = time.monotonic(), 0
+    unrolls = play(config, own.lanes_per_actor, own.envs_per_lane)
     for _, lanes, envs in divisions(config, cores):
-        if (lanes, envs) not in acting:
-            cost, made = time_actor(reshaped(config, 1, lanes, envs))
-            acting[lanes, envs] = cost
-            _line(f"{_count(lanes, 'group')} of {_count(envs, 'env')}, on {own.device}", cost)
-        if (lanes, envs) == (own.lanes_per_actor, own.envs_per_lane):
-            unrolls = made
+        if (lanes, envs) not in acting and time.monotonic() - begun > TRIAL_SECONDS:
+            left_out += 1
+        elif (lanes, envs) not in acting:
+            play(brief(config), lanes, envs)
+    if left_out:
+        print(f"  {left_out} more are left out, for time")
     print(f"{'learner alone':<40}{'env steps/s':>12}{'cores busy':>12}")
     learning: dict[int, Cost] = {}
     own_threads = config.learner.resolved_threads(wire(config)[1])
@@ -115,6 +128,7 @@ def bench(launch_file: Path, options: list[str]) -> None:
             actors, acting[lanes, envs], learning[threads], cores, overlap
         )
         for actors, lanes, envs in divisions(config, cores)
+        if (lanes, envs) in acting
         for threads in learning
     }
     as_it_is = Shape(own.num_actors, own.lanes_per_actor, own.envs_per_lane, own_threads)
@@ -132,7 +146,9 @@ def _count(number: int, noun: str) -> str:
 
 
 def _line(what: str, cost: Cost) -> None:
-    print(f"  {what:<38}{1 / cost.wall:>12,.0f}{cost.cpu / cost.wall:>12.1f}", flush=True)
+    parts = ", ".join(f"{name} {percent(share)}" for name, share in cost.parts.items())
+    rate, busy = 1 / cost.wall, cost.cpu / cost.wall
+    print(f"  {what:<38}{rate:>12,.0f}{busy:>12.1f}  {parts}", flush=True)
 
 
 def main(launch_file: Path, options: list[str]) -> int:

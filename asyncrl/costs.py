@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from asyncrl.limits import usable_cores
@@ -22,6 +23,7 @@ class Cost(NamedTuple):
 
     wall: float
     cpu: float  # of all its threads
+    parts: Mapping[str, float] = {}  # shares of the time, by what it went to
 
 
 class Forecast(NamedTuple):
@@ -71,6 +73,14 @@ def reshaped(config, num_actors: int, lanes: int, envs: int):
     return dataclasses.replace(config, actor=actor)
 
 
+def brief(config):
+    """`config` with unrolls of 16 steps or less: as fast, and sooner measured."""
+    length = config.actor.unroll_length
+    if length <= 16 or getattr(config.algorithm, "num_states", 1) > 1:
+        return config
+    return dataclasses.replace(config, actor=dataclasses.replace(config.actor, unroll_length=16))
+
+
 def small_replay(config):
     """`config` with a replay of some 100,000 env steps: as fast, and no matter of memory."""
     replay = getattr(config.algorithm, "replay", None)
@@ -92,7 +102,7 @@ def time_actor(config) -> tuple[Cost, list[bytearray]]:
     from asyncrl.actor import Actor, context_fields
     from asyncrl.envs import make_envs
     from asyncrl.policies import as_mixture
-    from asyncrl.transport.ring import Ring, UnrollReader
+    from asyncrl.transport.ring import Ring, UnrollReader, Word
     from asyncrl.transport.weights import (
         WeightsBuffer,
         WeightsReader,
@@ -126,15 +136,21 @@ def time_actor(config) -> tuple[Cost, list[bytearray]]:
             reader.release()
 
     torch.set_num_threads(actor.num_threads)
+    words = {
+        "env": Word.TIME_ENV, "inference": Word.TIME_INFERENCE, "writing": Word.TIME_WRITE,
+        "weights": Word.TIME_PULL,
+    }  # fmt: skip
     play()  # makes the environments
+    before = {name: int(rings[0].read(word)) for name, word in words.items()}
     begun, cpu, count = time.perf_counter(), time.process_time(), 0
     while count < 2 or time.perf_counter() - begun < PLAY_SECONDS:
         play()
         count += 1
+    wall, cpu = time.perf_counter() - begun, time.process_time() - cpu
     env_steps = count * len(rings) * spec.unroll_length * spec.num_envs
-    cost = Cost(
-        (time.perf_counter() - begun) / env_steps, (time.process_time() - cpu) / env_steps
-    )
+    parts = {name: (int(rings[0].read(word)) - before[name]) / 1e9 / wall
+             for name, word in words.items()}  # fmt: skip
+    cost = Cost(wall / env_steps, cpu / env_steps, parts)
     player.close()
     return cost, unrolls
 
@@ -179,11 +195,10 @@ def time_learner(config, unrolls: list[bytearray], num_threads: int) -> Cost:
         count += 1
     _synchronise(config)
     updating = [after - before for before, after in zip(begun, clock(), strict=True)]
-    wall, cpu = (
-        taking / inserted + update / count / per_update
-        for taking, update in zip(spent, updating, strict=True)
-    )
-    return Cost(wall, cpu)
+    taking, update = spent[0] / inserted, updating[0] / count / per_update
+    cpu = spent[1] / inserted + updating[1] / count / per_update
+    wall = taking + update
+    return Cost(wall, cpu, {"sync": taking / wall, "update": update / wall})
 
 
 def _synchronise(config) -> None:

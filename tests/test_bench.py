@@ -94,9 +94,30 @@ def test_for_real(quickly, launch_file, capsys, options):
     output = capsys.readouterr().out
     for words in ("2 groups of 4 envs, on cpu", "1 thread, on cpu", "as it is  about", "best here"):
         assert words in output
-    rates = [float(line.split()[-2].replace(",", "")) for line in output.splitlines()
-             if line.startswith("  ")]  # fmt: skip
-    assert all(1 < rate < 1e6 for rate in rates)
+    lines = [line[40:].split() for line in output.splitlines() if line.startswith("  ")]
+    assert all(1 < float(words[0].replace(",", "")) < 1e6 for words in lines)
+    assert lines[0][2::3] == ["env", "inference", "writing", "weights"]
+    assert lines[-1][2::3] == ["sync", "update"]
+    for words in lines:  # shares of one time
+        assert 80 < sum(float(share) for share in words[3::3]) <= 101
+
+
+def test_what_takes_too_long_is_left_out_but_never_what_is_asked_for(
+    quickly, launch_file, capsys, monkeypatch
+):
+    monkeypatch.setattr(bench, "TRIAL_SECONDS", 0.0)
+    assert cli.main(["bench", str(launch_file)]) == 0
+    output = capsys.readouterr().out
+    assert "2 groups of 4 envs, on cpu" in output and "more are left out, for time" in output
+    assert "1 group of" not in output
+
+
+def test_trials_use_short_unrolls_unless_states_are_stored_in_them(launch_file):
+    config = resolve(launch_file, ["--actor.unroll-length", "128"])
+    assert costs.brief(config).actor.unroll_length == 16
+    states = ["--algorithm.sequence-length", "2", "--algorithm.num-states", "4"]
+    config = resolve(launch_file, ["--actor.unroll-length", "128", *states])
+    assert costs.brief(config).actor.unroll_length == 128
 
 
 def test_refusals(quickly, launch_file, capsys):

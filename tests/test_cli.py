@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from asyncrl import cli, folder, memory, supervisor
-from asyncrl.folder import Refused, RunFolder
+from asyncrl.folder import Refused, RunFolder, _git_revision
 from asyncrl.plan import Plan, prepare
 from tests.runs import REPOSITORY
 
@@ -546,3 +546,11 @@ def test_for_real(runs, launch_file):
     for option in ("--seed", "--env.id", "--algorithm.replay.capacity", "--actor.num-actors"):
         assert option in output
     assert not runs.exists()
+
+
+def test_an_image_without_git_is_told_the_revision(monkeypatch):
+    own = _git_revision()
+    monkeypatch.setenv("ASYNCRL_GIT", "v1-dirty")
+    assert _git_revision() == "v1-dirty"
+    monkeypatch.setenv("ASYNCRL_GIT", "")  # as compose passes what is not set
+    assert _git_revision() == own
