@@ -58,7 +58,7 @@ class Config:
         if self.total_env_steps < 1:
             raise ValueError(f"expected total_env_steps >= 1, got {self.total_env_steps}")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"expected a seed from 0 to 2**63 - 1, got {self.seed}")
+            raise ValueError(f"expected seed from 0 to 2**63 - 1, got {self.seed}")
 
 
 def load_launch_file(path: Path, original: Path | None = None) -> types.ModuleType:
