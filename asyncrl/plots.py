@@ -31,7 +31,6 @@ STYLE = {
     "legend.frameon": False, "legend.fontsize": 8, "lines.linewidth": 1.2,
 }  # fmt: skip
 # What may differ between runs that differ by their seed only.
-NOT_SETTINGS = {"seed", "run_id", "run_folder", "created", "versions", "git_revision"}
 
 
 def plot(
@@ -49,8 +48,8 @@ def plot(
         output: the PNG to write; by default `plots/returns.png` in a single run's folder, and
             `plot.png` in the working directory for several runs.
         by: "policy" draws a curve for each policy of the mix, of returns and of episode lengths.
-        group: runs whose config.json is equal but for the seed become one curve, the interquartile
-            mean over runs at each number of env steps, with the runs' 25-75 % band.
+        group: runs whose configuration is equal but for the seed become one curve, the
+            interquartile mean over runs at each number of env steps, with the runs' 25-75 % band.
         policy: a policy of the mix; only episodes that it played are drawn.
         lives: how many episodes make a game, where each is a life; returns are drawn times that.
 
@@ -108,9 +107,9 @@ class _Run:
             )
         self.steps = self.metrics["env_steps"]
         try:
-            config = json.loads((folder / "config.json").read_text())
-            self.settings = json.dumps(_settings(config), sort_keys=True)
-        except (OSError, ValueError):
+            config = json.loads((folder / "config.json").read_text())["config"]
+            self.settings = json.dumps(config | {"seed": None}, sort_keys=True)
+        except (OSError, ValueError, LookupError, TypeError):
             self.settings = str(folder)
 
     def binned(self, name: str, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
@@ -137,12 +136,6 @@ class _Run:
         if policy is not None:
             chosen &= episodes["policy"] == policy
         return smooth(episodes["env_steps"][chosen], episodes[column][chosen])
-
-
-def _settings(config):
-    if isinstance(config, dict):
-        return {k: _settings(v) for k, v in config.items() if k not in NOT_SETTINGS}
-    return [_settings(v) for v in config] if isinstance(config, list) else config
 
 
 def smooth(steps: np.ndarray, returns: np.ndarray, points: int = 300) -> np.ndarray:

@@ -22,8 +22,10 @@ def make_run(folder, seed=0, learning_rate=0.1, episodes=40, rows=5, level=10.0)
             | {"time/learner/wait": 0.1, "time/actor/wait": 0.7, "time/actor/env": 0.3}
             | {"eval/return": 12.0 + i // 2, "eval/env_steps": 100 * (i // 2)}
         )
-    config = {"seed": seed, "algorithm": {"learning_rate": learning_rate, "seed": seed}}
-    (folder / "config.json").write_text(json.dumps(config))
+    config = {"seed": seed, "algorithm": {"learning_rate": learning_rate}}
+    launch = {"file": "x.py", "options": ["--seed", str(seed)]}
+    about = {"config": config, "launch": launch, "git": f"{seed:07x}", "versions": {}}
+    (folder / "config.json").write_text(json.dumps(about))
     return folder
 
 
