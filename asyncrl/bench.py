@@ -27,7 +27,7 @@ from asyncrl.costs import (
     wire,
 )
 from asyncrl.limits import usable_cores
-from asyncrl.metrics import percent
+from asyncrl.metrics import counted, percent
 from asyncrl.plan import in_words, prepare
 
 TRIAL_SECONDS = 50.0  # for other ways to share out the environments
@@ -42,9 +42,9 @@ class Shape:
     num_threads: int  # of the learner
 
     def __str__(self) -> str:
-        groups = f"{_count(self.lanes_per_actor, 'group')} of {_count(self.envs_per_lane, 'env')}"
-        threads = _count(self.num_threads, "thread")
-        return f"{_count(self.num_actors, 'actor')} with {groups}, {threads} for learning"
+        groups = f"{counted(self.lanes_per_actor, 'group')} of {counted(self.envs_per_lane, 'env')}"
+        threads = counted(self.num_threads, "thread")
+        return f"{counted(self.num_actors, 'actor')} with {groups}, {threads} for learning"
 
     @property
     def options(self) -> str:
@@ -103,7 +103,7 @@ def bench(launch_file: Path, options: list[str]) -> None:
 
     def play(config, lanes: int, envs: int) -> list[bytearray]:
         acting[lanes, envs], unrolls = time_actor(reshaped(config, 1, lanes, envs))
-        _line(f"{_count(lanes, 'group')} of {_count(envs, 'env')}, on {own.device}",
+        _line(f"{counted(lanes, 'group')} of {counted(envs, 'env')}, on {own.device}",
               acting[lanes, envs])  # fmt: skip
         return unrolls
 
@@ -121,7 +121,7 @@ def bench(launch_file: Path, options: list[str]) -> None:
     own_threads = config.learner.resolved_threads(wire(config)[1])
     for threads in sorted({1, own_threads, cores if device.type == "cpu" else 1}):
         learning[threads] = time_learner(config, unrolls, threads)
-        _line(f"{_count(threads, 'thread')}, on {device}", learning[threads])
+        _line(f"{counted(threads, 'thread')}, on {device}", learning[threads])
 
     forecasts = {
         Shape(actors, lanes, envs, threads): forecast(
@@ -139,10 +139,6 @@ def bench(launch_file: Path, options: list[str]) -> None:
         print(f"{what:<10}about {rate:,.0f} env steps/s: {shape}; what limits it: {bottleneck}")
     if best != as_it_is:
         print(f"{'options':<10}{best.options}")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _line(what: str, cost: Cost) -> None:

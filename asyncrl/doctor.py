@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from asyncrl import folder, limits, preflight
+from asyncrl.metrics import counted
 from asyncrl.plan import EXIT_REFUSED, versions
 from asyncrl.preflight import Check
 
@@ -70,7 +71,8 @@ def _checks(
         yield Check("launch file", "refused", (words,), "mend it, or the options given here")
         return
     seconds = time.monotonic() - begun
-    actors = f"{plan.num_actors} actors, {plan.num_lanes} lanes, schedule {plan.schedule}"
+    actors = f"{counted(plan.num_actors, 'actor')}, {counted(plan.num_lanes, 'lane')}"
+    actors += f", schedule {plan.schedule}"
     words = f"{launch_file}: env and model made in {seconds:.1f} s; {actors}"
     yield Check("launch file", "ok", (words,))
     yield preflight.memory(plan)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from asyncrl.folder import holder
 from asyncrl.logs import Event, parse_events
+from asyncrl.metrics import counted
 
 SILENT_SECONDS = 300.0  # as long as a learner may go without a heartbeat; three rows, if longer
 
@@ -57,7 +58,7 @@ def health(
         return Health(False, f"{never}: not started, stuck or killed; see events.log")
     if row.get("time", -1e18) < begun:
         return Health(True, f"starting since {now - begun:.0f} s")
-    words = [f"heard of {_ago(now - latest)}", f"{row.get('actors/alive', 0):.0f} actors"]
+    words = [f"heard of {_ago(now - latest)}", counted(row.get("actors/alive", 0), "actor")]
     memory = sum(value for name, value in row.items() if name in _MEMORY)
     words += [f"{memory / 1e3:.2f} GB"] if memory else []
     fds = sum(value for name, value in row.items() if name.startswith("fds/"))

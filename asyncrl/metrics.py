@@ -227,3 +227,8 @@ def bottleneck(row: dict, idle: float = 0.1) -> str:
 def percent(fraction: float) -> str:
     """0.831 as "83 %"."""
     return f"{100 * fraction:.0f} %"
+
+
+def counted(number: float, noun: str) -> str:
+    """1 actor, 2 actors."""
+    return f"{number:.0f} {noun}{'s' * (number != 1)}"

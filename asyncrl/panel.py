@@ -20,7 +20,7 @@ from rich.text import Text
 
 from asyncrl.health import Life, health
 from asyncrl.logs import Event, parse_events
-from asyncrl.metrics import percent
+from asyncrl.metrics import counted, percent
 
 PLAIN_PERIOD_SECONDS = 10
 COLORS = {  # of time shares: work is cool, waiting is warm
@@ -229,7 +229,7 @@ class Panel:
             rates = (count(row["rate/env_steps"]), "bold"), (count(row["rate/updates"]), "bold")
             text = Text.assemble(rates[0], " env steps/s · ", rates[1], " updates/s")
             progress.append(("speed", text))
-            text.append(f" · {row['actors/alive']:.0f} actors")
+            text.append(f" · {counted(row['actors/alive'], 'actor')}")
             if restarts := sum(v for name, v in row.items() if name.endswith("/restarts")):
                 text.append(f" · restarts {restarts:.0f}", "yellow")
 

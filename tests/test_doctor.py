@@ -197,7 +197,7 @@ def test_doctor_for_real(in_this_process, runs, launch_file, capsys):
     verdicts = {line[10:22].strip(): line.split()[0] for line in lines if line[0] != " "}
     assert {"packages", "GPU", "write access", "disk", "descriptors"} <= set(verdicts)
     assert set(verdicts.values()) <= {"ok", "warning"}
-    assert "1 actors, 2 lanes, schedule async" in "".join(lines)
+    assert "1 actor, 2 lanes, schedule async" in "".join(lines)
     assert not (runs / "x").exists()
     for wrong in (["--algorithm.replay.capacity", "1" + "0" * 12], ["--seed", "much"]):
         assert cli.main(["doctor", str(launch_file), "x", *wrong]) == 2
