@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Sequence
@@ -32,6 +33,10 @@ ALL_ITEMS = typeguard.CollectionCheckStrategy.ALL_ITEMS
 
 class ConfigError(Exception):
     """The user asked for something that cannot be: one clear message, exit status 2."""
+
+
+class LaunchFileError(ConfigError):
+    """A launch file raised, or is no Python."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,16 @@ def load_launch_file(path: Path, original: Path | None = None) -> types.ModuleTy
     folder = str(original.resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    code = compile(path.read_text(), str(original), "exec")
-    exec(code, module.__dict__)
+    try:
+        code = compile(path.read_bytes(), str(original), "exec")
+        exec(code, module.__dict__)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(original)]
+        where = f" (line {lines[-1]})" if lines else ""
+        raise LaunchFileError(
+            f"{original}{where} cannot be used: {type(error).__name__}: {error}"
+        ) from error
     return module
 
 

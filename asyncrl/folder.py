@@ -219,7 +219,15 @@ def holder(folder: Path) -> str | None:
 
 def _name_of_holder(folder: Path) -> str:
     with contextlib.suppress(OSError), open(folder / "lock", "rb") as file:
-        return file.read(200).decode(errors="replace").strip() or "another process"
+        if words := file.read(200).decode(errors="replace").strip():
+            return words
+    with contextlib.suppress(OSError):  # somebody has deleted that file
+        place = os.stat(folder)
+        device = f"{os.major(place.st_dev):02x}:{os.minor(place.st_dev):02x}:{place.st_ino}"
+        for line in Path("/proc/locks").read_text().splitlines():
+            _, kind, *_, pid, where, _, _ = line.split()
+            if kind == "FLOCK" and where == device:
+                return f"process {pid}"
     return "another process"
 
 

@@ -143,11 +143,13 @@ def versions() -> dict[str, str]:
 
 def in_words(launch_file: Path, work: Callable[[], object]) -> int:
     """Do work that executes a launch file; the exit status, once it was said what it raised."""
-    from asyncrl.config import ConfigError
+    from asyncrl.config import ConfigError, LaunchFileError
 
     try:
         work()
     except (ConfigError, ValueError) as error:
+        if isinstance(error, LaunchFileError) and not isinstance(error.__cause__, ValueError):
+            traceback.print_exception(error.__cause__)
         print(f"asyncrl: {error}", file=sys.stderr)
         return EXIT_REFUSED
     except KeyboardInterrupt:

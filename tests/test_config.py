@@ -83,3 +83,17 @@ def test_every_profile_of_every_launch_file_is_of_its_declared_types():
         found = vars(load_launch_file(file)).values()
         profiles += len([complete(config) for config in found if isinstance(config, Config)])
     assert profiles > len(files) > 20
+
+
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        (b"x = 1\nn = int('abc')", r"launch.py \(line 2\) cannot be used: ValueError: invalid lit"),
+        (b"x = '\xff\xfe'", r"launch.py cannot be used: SyntaxError: .*"),
+        (b"from asyncrl import *\nEpsilonGreedy(2.0)", r"\(line 2\) .*expected epsilon of .*got 2"),
+    ],
+)
+def test_a_launch_file_that_raises_is_named_with_its_line(tmp_path, source, words):
+    (tmp_path / "launch.py").write_bytes(source)
+    with pytest.raises(ConfigError, match=words):
+        load_launch_file(tmp_path / "launch.py")

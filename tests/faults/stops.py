@@ -173,7 +173,7 @@ def fault_22(lab: Lab) -> Outcome:
     second = lab.start()
     status, output = second.finish(60 * lab.patience)
     expect(status == 2, f"expected exit status 2, got {status}: {output}")
-    expect(f"process {run.process.pid} " in output, f"the holder is not named: {output}")
+    expect(f"process {run.process.pid}" in output, f"the holder is not named: {output}")
     lab.until_env_steps(run)
     run.children()
     run.signal(signal.SIGKILL)
