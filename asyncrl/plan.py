@@ -56,6 +56,7 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
     from asyncrl.envs import make_envs
     from asyncrl.models.contract import try_model
     from asyncrl.policies import as_mixture, check_policy
+    from asyncrl.stores.replay_config import fits_on_gpu
     from asyncrl.transport.weights import weights_fields
 
     config = resolve(launch_file, options, original)
@@ -104,7 +105,17 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
         ["supervisor", 80_000_000],
     ]  # fmt: skip
     memory = [line for line in memory if line[1]]
-    if "cpu" in (device.type, store_device):
+    in_host_memory = "cpu" in (device.type, store_device)
+    on_gpu = device if store_device == "auto" else store_device
+    if not in_host_memory and not fits_on_gpu(on_gpu, store):
+        if store_device != "auto":
+            raise ValueError(
+                f"expected room for a {config.algorithm.store_name} of {store / 1e9:.2f} GB on "
+                f"{store_device}, got less; lower its capacity, or keep it in main memory with "
+                "--algorithm.replay.device cpu"
+            )
+        in_host_memory = True
+    if in_host_memory:
         memory.insert(0, [config.algorithm.store_name, store])
     rows = min(config.algorithm.kept_env_steps, config.total_env_steps)
     streamed = rows / (spec.unroll_length * spec.num_envs) * spec.layout.nbytes

@@ -9,6 +9,7 @@ import torch
 from asyncrl.schedules import Linear
 from asyncrl.stores.limiter import RateLimiter
 from asyncrl.stores.replay import Replay, ReplayConfig
+from asyncrl.stores.replay_config import fits_on_gpu
 from asyncrl.types import tree_leaves
 from tests.streams import Stream, make_spec
 
@@ -341,6 +342,11 @@ def test_memory_is_what_nbytes_says():
 def test_settings_that_mean_nothing_are_refused(field, value):
     with pytest.raises(ValueError, match=f"expected.*{field}.*got"):
         ReplayConfig(**{field: value})
+
+
+def test_a_replay_fits_into_four_fifths_of_what_a_gpu_has_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 10**9, 8 * 10**9))
+    assert fits_on_gpu("cuda", 2_399_000_000) and not fits_on_gpu("cuda", 2_401_000_000)
 
 
 def test_refusals():

@@ -22,6 +22,7 @@ from asyncrl.models.layers import noisy_layers
 from asyncrl.models.memory import states_before
 from asyncrl.models.precision import computes_in_bfloat16
 from asyncrl.stores.replay import Replay
+from asyncrl.stores.replay_config import fits_on_gpu
 from asyncrl.types import Spec, Tree, tree_map
 
 __all__ = ["DQN", "DQNConfig", "dqn_loss"]
@@ -83,9 +84,8 @@ class DQN:
         nbytes = config.store_nbytes(self.model, spec, num_lanes)
         if device == "auto":
             device = "cpu"
-            if self.device.type == "cuda":
-                free, _ = torch.cuda.mem_get_info(self.device)
-                device = self.device if nbytes < 0.8 * free else "cpu"
+            if self.device.type == "cuda" and fits_on_gpu(self.device, nbytes):
+                device = self.device
         self.refreshes = is_recurrent(spec) and config.replay.refresh_states
         return Replay(
             spec,

@@ -66,7 +66,7 @@ class PPOConfig:
     head = "actor_critic"  # what a built-in model gets on top
     publish_period = 1  # updates between publications, unless the learner is told otherwise
     kept_env_steps = 0  # a checkpoint streams none of them
-    store_name, store_device = "rollout queue", "auto"
+    store_name, store_device = "rollout queue", "cpu"
 
     def __post_init__(self):
         ac.check_settings(

@@ -45,6 +45,14 @@ class ReplayConfig:
         check_range("samples_per_insert", self.samples_per_insert, above=True)
 
 
+def fits_on_gpu(device, nbytes: int) -> bool:
+    """Whether a replay of that size fits beside the nets into what a CUDA device has free."""
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return nbytes < 0.8 * free
+
+
 def rows_per_lane(
     spec: Spec, num_lanes: int, capacity: int, frame_stack: int, window: int, period: int = 1
 ) -> int:
