@@ -142,7 +142,9 @@ run_docker() {
   fi
 
   # Made here, or docker would make it, and it would belong to root.
-  mkdir -p -- "$run_folder"
+  mkdir -p -- "$run_folder" ||
+    refuse "expected to make the run folder $run_folder, could not" \
+      "give permission, make room, or set ASYNCRL_RUNS to a folder elsewhere"
 
   # What the launch file imports may lie beside it. A resumed run reads its own copy of the file,
   # and finds the rest where it was when the run began.

@@ -107,15 +107,15 @@ def bench(launch_file: Path, options: list[str]) -> None:
               acting[lanes, envs])  # fmt: skip
         return unrolls
 
-    begun, left_out = time.monotonic(), 0
+    begun, left_out = time.monotonic(), set()
     unrolls = play(config, own.lanes_per_actor, own.envs_per_lane)
     for _, lanes, envs in divisions(config, cores):
         if (lanes, envs) not in acting and time.monotonic() - begun > TRIAL_SECONDS:
-            left_out += 1
+            left_out.add((lanes, envs))
         elif (lanes, envs) not in acting:
             play(brief(config), lanes, envs)
     if left_out:
-        print(f"  {left_out} more are left out, for time")
+        print(f"  {len(left_out)} more are left out, for time")
     print(f"{'learner alone':<40}{'env steps/s':>12}{'cores busy':>12}")
     learning: dict[int, Cost] = {}
     own_threads = config.learner.resolved_threads(wire(config)[1])

@@ -92,9 +92,11 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
     weights = weights_fields(model.state_dict(), context_fields(len(mixture.names)))
     store = config.algorithm.store_nbytes(model, spec, actor.num_lanes)
     num_processes = 1 if config.schedule == "serial" else 1 + actor.num_actors
-    num_processes += config.evaluation.period_steps > 0
+    evaluates = config.evaluation.period_steps > 0
+    num_processes += evaluates
     parameters = sum(tensor.nbytes for tensor in model.state_dict().values())
-    workers = actor.num_lanes * actor.envs_per_lane * (config.env.vectorization == "async")
+    workers = actor.num_lanes * actor.envs_per_lane + evaluates * config.evaluation.num_envs
+    workers *= config.env.vectorization == "async"
     memory = [
         [f"{actor.num_lanes} lanes of {actor.slots_per_lane} unrolls",
          actor.num_lanes * Ring.nbytes(spec, actor.slots_per_lane)],
@@ -134,7 +136,7 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
         slots_per_lane=actor.slots_per_lane,
         total_env_steps=config.total_env_steps,
         schedule=config.schedule,
-        evaluates=config.evaluation.period_steps > 0,
+        evaluates=evaluates,
         measured=measured,
     )
 

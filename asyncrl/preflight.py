@@ -60,15 +60,15 @@ def disk(plan: Plan, folder: Path) -> Check:
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     free += sum(path.stat().st_size for path in (folder / "replay").glob("*.bin"))  # its own
-    needed = f"{plan.disk_nbytes * 1.1 / 1e9:.2f} GB"
+    needed = _amount(plan.disk_nbytes * 1.1)
     if plan.disk_nbytes * 1.1 > free:
         words = (
-            f"expected {needed} of disk in {place} for the saved replay, got {free / 1e9:.2f} GB; "
+            f"expected {needed} of disk in {place} for the saved replay, got {_amount(free)}; "
             "lower --algorithm.replay.capacity or use --learner.save-replay False (a resumed run "
             "then fills its replay anew)"
         )
         return Check("disk", "refused", (words,))
-    words = f"{needed} of {free / 1e9:.2f} GB free in {place}"
+    words = f"{needed} of {_amount(free)} free in {place}"
     if plan.disk_nbytes * 2.2 > free:
         remedy = "a fast run may need twice that, as two checkpoints hold a replay each"
         return Check("disk", "warning", (words,), remedy)
@@ -120,3 +120,7 @@ def can_write(folder: Path) -> Check:
         return Check("write access", "refused", (words,), "give permission, make room, or set "
                      "ASYNCRL_RUNS to a folder elsewhere")  # fmt: skip
     return Check("write access", "ok", (f"{place}",))
+
+
+def _amount(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"

@@ -11,7 +11,8 @@ import torch
 
 from asyncrl import cli, doctor, limits, preflight
 from asyncrl.folder import Refused
-from asyncrl.plan import Plan
+from asyncrl.plan import Plan, prepare
+from tests.runs import REPOSITORY
 from tests.test_cli import begin, in_this_process, launch_file, locked, runs
 
 __all__ = ["in_this_process", "launch_file", "runs"]  # fixtures
@@ -97,6 +98,19 @@ def test_a_run_shorter_than_its_warm_up_is_told(tmp_path):
     assert preflight.warm_up(plan).verdict == "ok"  # nothing to wait for in a rollout queue
 
 
+def test_processes_of_single_environments_are_counted_with_the_evaluators():
+    file = REPOSITORY / "launch" / "cartpole_dqn.py"
+    own = "--actor.envs-per-lane 3 --actor.num-actors 2 --evaluation.num-envs 7"
+    for more, expected in (
+        ("--env.vectorization async", "13 processes of single"),
+        ("--env.vectorization async --evaluation.period-steps 0", "6 processes of single"),
+        ("", ""),
+    ):
+        names = [name for name, _ in prepare(file, f"{own} {more}".split(), file).memory]
+        found = [name for name in names if "single environments" in name]
+        assert len(found) == bool(expected) and all(name.startswith(expected) for name in found)
+
+
 def test_memory_verdicts(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "container_memory", lambda: None)
     for available, verdict in ((10**10, "ok"), (1_050_000_000, "warning"), (10**8, "refused")):
@@ -125,6 +139,7 @@ def test_disk_verdicts(tmp_path):
     assert preflight.disk(make_plan(), tmp_path / "new").verdict in ("ok", "warning")
     check = preflight.disk(make_plan(disk=10**15), tmp_path / "new")
     assert check.verdict == "refused" and "expected 1100000.00 GB of disk" in check.lines[0]
+    assert "0.22 MB of " in preflight.disk(make_plan(disk=200_000), tmp_path / "new").lines[0]
     assert not list(tmp_path.iterdir())
 
 

@@ -188,7 +188,9 @@ def test_a_closed_terminal_stops_a_run_unless_nohup_says_otherwise(start):
     assert not run.count("stopping")
     run.signal(signal.SIGTERM)
     assert run.finish(60)[0] == 143
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests are under nohup too
     run = start("kept", EXACT, "--total-env-steps", 10**9)
+    signal.signal(signal.SIGHUP, ignored)
     run.wait_until(lambda: run.count("start") > 1)
     run.signal(signal.SIGHUP)
     assert run.finish(60)[0] == 129

@@ -603,6 +603,13 @@ echo v1-3-gabc-dirty
 """
 
 
+def test_docker_without_a_run_folder_is_refused(box):
+    (box.elsewhere / "taken").touch()
+    refused = box.run("x", RUNTIMES=NVIDIA, ASYNCRL_RUNS="taken")
+    assert refused.returncode == 2 and "expected to make the run folder" in refused.err
+    assert box.calls("docker", "run") == []
+
+
 def test_docker_is_told_the_revision(box):
     assert box.run("x", RUNTIMES=NVIDIA).returncode == 0  # no git on this machine
     write_script(box.tools / "git", GIT)
