@@ -30,7 +30,6 @@ STYLE = {
     "axes.labelcolor": "#444444", "xtick.color": "#444444", "ytick.color": "#444444",
     "legend.frameon": False, "legend.fontsize": 8, "lines.linewidth": 1.2,
 }  # fmt: skip
-# What may differ between runs that differ by their seed only.
 
 
 def plot(

@@ -1,7 +1,7 @@
 """What all guards together cost: training with and without them, in turns within one process.
 
     python benchmarks/guards.py
-    python benchmarks/guards.py --launch launch/breakout_dqn.py --block 256
+    python benchmarks/guards.py --launch launch/breakout_dqn.py --block 512
 
 One actor and the learner are called in turn, as in `serial`. In every second block of env steps
 these are taken away: the checks of actions, observations and rewards and what catches a failing
@@ -94,9 +94,9 @@ class Training:
 
 
 def main() -> None:
-    parser = arguments(__doc__, repeats=30)
+    parser = arguments(__doc__, repeats=240)
     parser.add_argument("--launch", nargs="+", default=LAUNCH, help="launch files")
-    parser.add_argument("--block", type=int, default=2048, help="env steps; an eighth for images")
+    parser.add_argument("--block", type=int, default=256, help="env steps; an eighth for images")
     options, rest = parser.parse_known_args()  # the rest are options of the launch files
     like_a_run()
     torch.set_num_threads(1)
@@ -116,7 +116,8 @@ def main() -> None:
                         costs[guarded].append(training.block(block))
             training.close()
         ratio = np.array(costs[True]) / np.array(costs[False]) - 1
-        error = 1.25 * ratio.std() / len(ratio) ** 0.5  # of a median
+        rng = np.random.default_rng(0)
+        error = np.median(rng.choice(ratio, (2_000, len(ratio))), axis=1).std()  # bootstrap
         rows.append({
             "launch file": Path(launch).stem, "blocks": f"{len(ratio)} x 2 of {block}",
             "us an env step": [1e6 * cost for cost in costs[True]],

@@ -5,7 +5,8 @@
 
 Each sweep trains one launch file with one number changed and everything else as it is; a sweep's
 points are measured in turn in each repeat. A cliff is a point that is slower than its neighbour by
-more than a third: it is named. Options it does not know are those of the launch files.
+more than a third: it is named. --output also draws the sweeps, into a PNG beside the JSON. Options
+it does not know are those of the launch files.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from measure import Program, Report, arguments, median, train
 from throughput import Tree
 
 from asyncrl.logs import read_metrics
+from asyncrl.plots import BLUE, GREEN, ORANGE, STYLE
 
 CORES = len(os.sched_getaffinity(0))
 PPO, DQN = "launch/breakout_ppo.py", "launch/breakout_dqn.py"
@@ -105,6 +107,34 @@ def main() -> None:
             if other < rate / 1.5:
                 report.note(f"a cliff: {name} {there:,} is slower than {here:,}")
     report.finish()
+    if options.output:
+        draw(report.tables, options.output.with_suffix(".png"))
+
+
+def draw(tables: list[list[dict]], path: Path) -> None:
+    """A row of panels for each sweep: speed, lag and memory, medians and ranges over repeats."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator
+
+    quantities = {"env steps/s": BLUE, "lag": ORANGE, "peak PSS, MB": GREEN}
+    with rc_context(STYLE):
+        figure = Figure(figsize=(10, 2 * len(tables) + 0.4), layout="constrained")
+        axes = figure.subplots(len(tables), len(quantities), squeeze=False)
+        for line, rows in zip(axes, tables, strict=True):
+            title = next(iter(rows[0]))
+            points = [int(row[title].replace(",", "")) for row in rows]
+            for panel, (quantity, color) in zip(line, quantities.items(), strict=True):
+                values = np.array([row[quantity] for row in rows])  # (points, repeats)
+                panel.plot(points, np.median(values, axis=1), "o-", color=color, markersize=3)
+                panel.fill_between(points, values.min(1), values.max(1), color=color, alpha=0.2)
+                panel.set_xscale("log")
+                panel.xaxis.set_major_locator(FixedLocator(points))
+                panel.xaxis.set_minor_locator(NullLocator())
+                panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+                panel.set_ylim(bottom=0)
+                panel.set_title(f"{quantity} by {title}" if panel is line[0] else quantity)
+        figure.savefig(path, dpi=120)
 
 
 def point_of(
