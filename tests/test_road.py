@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from asyncrl import cli
 from asyncrl.checkpoint import Checkpoints
 from asyncrl.types import Spec
 from tests.counting_env import length_of, terminates
@@ -194,3 +195,21 @@ def test_a_closed_terminal_stops_a_run_unless_nohup_says_otherwise(start):
     run.wait_until(lambda: run.count("start") > 1)
     run.signal(signal.SIGHUP)
     assert run.finish(60)[0] == 129
+
+
+def test_the_best_by_evaluation_is_kept_and_plays_the_same_games_again(start):
+    judged = "--evaluation.period-steps", 800, "--evaluation.epsilon", 0
+    for total in (4_000, 6_000):  # the second goes on where the first ended
+        run = start("judged", EXACT, "--total-env-steps", total, *judged)
+        run.wait_until(lambda: run.count("evaluated") >= 2)  # noqa: B023
+        assert run.finish()[0] == 0
+        found = [event for event in run.events() if event.kind == "evaluated"]
+        returns = [float(event.text.split()[2]) for event in found]
+        best = Checkpoints(run.folder / "checkpoints").best().state
+        assert best["eval/return"] == pytest.approx(max(returns), abs=0.005)
+        first = found[int(np.argmax(returns))]
+        assert best["eval/env_steps"] == int(first.fields["env_steps"])
+    same = ["--seed", "1", "--episodes", "10", "--epsilon", "0"]
+    assert cli.main(["eval", str(run.folder), "--checkpoint", "best", *same]) == 0
+    line = (run.folder / "evaluations.jsonl").read_text().splitlines()[-1]
+    assert json.loads(line)["eval/return"] == pytest.approx(best["eval/return"])
