@@ -8,7 +8,6 @@ the batch, the updates an env step and what it computes in are those of asyncrl 
 """
 
 import json
-import os
 import sys
 import time
 from copy import deepcopy
@@ -21,6 +20,7 @@ from measure import REPOSITORY, like_a_run
 from torch import nn
 
 from asyncrl.config import resolve
+from asyncrl.limits import usable_cores
 from asyncrl.models.precision import computes_in_bfloat16
 
 BATCH, STEPS_A_BATCH, CAPACITY, LEARNING_STARTS, STACK = 32, 4, 100_000, 2_000, 4
@@ -39,7 +39,7 @@ def main() -> None:
     like_a_run()
     seed = int(sys.argv[3]) if len(sys.argv) > 3 else 1
     torch.manual_seed(seed)
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(usable_cores())
     torch.set_flush_denormal(True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bfloat16 = computes_in_bfloat16("auto", device)
@@ -58,9 +58,9 @@ def main() -> None:
     terminated, first = np.zeros((rows, B), bool), np.zeros((rows, B), bool)
 
     def image(frames: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(frames).to(device)
         dtype = torch.bfloat16 if bfloat16 else torch.float32
-        return tensor.to(dtype, memory_format=torch.channels_last) / 255
+        channels_last = torch.stack(torch.from_numpy(frames).unbind(1), -1).movedim(-1, 1)
+        return channels_last.to(device, dtype).mul_(1 / 255)
 
     def stacks(row: np.ndarray, env: np.ndarray) -> np.ndarray:
         """(N, 4, 84, 84) that end at the given rows and begin where the episode did."""

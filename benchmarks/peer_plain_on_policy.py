@@ -10,7 +10,6 @@ CartPole's net is too small for a second thread.
 """
 
 import json
-import os
 import sys
 import time
 from typing import NamedTuple
@@ -25,6 +24,7 @@ from torch import nn
 from torch.distributions import Categorical
 
 from asyncrl.config import resolve
+from asyncrl.limits import usable_cores
 from asyncrl.models.precision import computes_in_bfloat16
 
 STACK = 4
@@ -87,7 +87,7 @@ def main() -> None:
     shape, pixels = TASKS[task], task != "cartpole_ppo"
     B, T = shape.envs, shape.steps
     torch.manual_seed(seed)
-    torch.set_num_threads((os.cpu_count() or 1) if pixels else 1)
+    torch.set_num_threads(usable_cores() if pixels else 1)
     torch.set_flush_denormal(True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bfloat16 = computes_in_bfloat16("auto", device)
@@ -95,7 +95,7 @@ def main() -> None:
     launch = f"breakout_{task}.py" if pixels else f"{task}.py"
     env = resolve(REPOSITORY / "launch" / launch, []).env
     if pixels:
-        settings = env.atari | {"stack_num": STACK, "num_threads": os.cpu_count()}
+        settings = env.atari | {"stack_num": STACK, "num_threads": usable_cores()}
         envs = gym.make_vec(env.id, B, "vector_entry_point", **settings)
         net = Net(int(envs.single_action_space.n)).to(device, memory_format=torch.channels_last)
     else:

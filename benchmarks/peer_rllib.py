@@ -18,6 +18,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import ale_py  # noqa: F401  (registers the games)
 import gymnasium
 import ray
+import torch
 from ray.rllib.algorithms.impala import IMPALAConfig
 from ray.rllib.algorithms.impala.torch.impala_torch_learner import IMPALATorchLearner
 from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
@@ -54,7 +55,10 @@ def main() -> None:
         .env_runners(
             num_env_runners=2, num_envs_per_env_runner=16, rollout_fragment_length=20
         )
-        .learners(num_learners=0, num_aggregator_actors_per_learner=0)
+        .learners(
+            num_learners=0, num_aggregator_actors_per_learner=0,
+            num_gpus_per_learner=int(torch.cuda.is_available()),
+        )
         .training(
             train_batch_size_per_learner=BATCH, num_epochs=1, lr=5e-4, entropy_coeff=0.01,
             vf_loss_coeff=0.5, grad_clip=0.5, learner_class=Learner,

@@ -1,10 +1,11 @@
 """Stable-Baselines3, for benchmarks/throughput.py, in an environment of its own.
 
-    python benchmarks/peer_sb3.py METRICS_FILE dqn|a2c|ppo|cartpole_ppo [SEED]
+    python benchmarks/peer_sb3.py METRICS_FILE dqn|a2c|ppo|cartpole_ppo [SEED [ENVIRONMENTS]]
 
-Its own Atari wrappers and its own DQN, A2C and PPO. DQN has one environment and epsilon stays at
-0.1: about where a run of full length spends its time. SB3 evaluates no net for a random action, so
-the first steps of a run, nearly all random, are faster than the rest.
+Its own Atari wrappers and its own DQN, A2C and PPO. DQN has one environment unless told otherwise,
+as its users mostly run it; epsilon stays at 0.1: about where a run of full length spends its time.
+SB3 evaluates no net for a random action, so the first steps of a run, nearly all random, are faster
+than the rest.
 """
 
 import json
@@ -20,8 +21,8 @@ from stable_baselines3.common.vec_env import VecFrameStack
 
 SETTINGS = {
     "dqn": dict(
-        learning_rate=1e-4, buffer_size=100_000, learning_starts=2_000, batch_size=32, train_freq=4,
-        gradient_steps=1, target_update_interval=8_000, optimize_memory_usage=True,
+        learning_rate=1e-4, buffer_size=100_000, learning_starts=2_000, batch_size=32,
+        target_update_interval=8_000, optimize_memory_usage=True,
         replay_buffer_kwargs={"handle_timeout_termination": False},
         exploration_initial_eps=0.1, exploration_final_eps=0.1,
     ),
@@ -65,12 +66,17 @@ def main() -> None:
     path, task = sys.argv[1:3]
     seed = int(sys.argv[3]) if len(sys.argv) > 3 else 1
     kind, num_envs = KINDS[task]
+    settings = SETTINGS[task]
+    if task == "dqn":  # one update every 4 env steps
+        num_envs = int(sys.argv[4]) if len(sys.argv) > 4 else num_envs
+        every = max(4 // num_envs, 1)  # calls of step()
+        settings = settings | {"train_freq": every, "gradient_steps": every * num_envs // 4}
     if task == "cartpole_ppo":
         policy, env = "MlpPolicy", make_vec_env("CartPole-v1", n_envs=num_envs, seed=seed)
     else:
         env = make_atari_env("BreakoutNoFrameskip-v4", n_envs=num_envs, seed=seed)
         policy, env = "CnnPolicy", VecFrameStack(env, 4)
-    model = kind(policy, env, seed=seed, **SETTINGS[task])
+    model = kind(policy, env, seed=seed, **settings)
     model.learn(10_000_000, callback=Rows(path, STEPS_A_COUNT[task]))
 
 

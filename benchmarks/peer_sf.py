@@ -2,12 +2,14 @@
 
     python benchmarks/peer_sf.py METRICS_FILE ppo|impala|cartpole_ppo [SEED]
 
-Asynchronous, on the CPU: two workers share out the environments and step one half of theirs while
-the net evaluates the other; a process each for inference and learning. Its own Atari wrappers: four
-frames an env step, 84 x 84 grey, four stacked; an env step is a decision, whatever its frames. It
-learns on a single thread unless its model is told otherwise; here the Nature net gets all cores.
-Inputs and returns are not normalised, as the other systems do not. impala is PPO's loss with GAE in
-one pass: version 2.1.1 with V-trace fails as it reports its first batch.
+Asynchronous; on the GPU where there is one. Two workers share out the environments and step one
+half of theirs while the net evaluates the other; a process each for inference and learning. Its own
+Atari wrappers: four frames an env step, 84 x 84 grey, four stacked; an env step is a decision,
+whatever its frames. It learns on a single thread unless its model is told otherwise; here the
+Nature net gets all cores. Inputs and returns are not normalised, as the other systems do not.
+impala is PPO's loss with GAE in one pass: version 2.1.1 with V-trace fails as it reports its first
+batch. Updates are counted as configured; it may end its epochs early where the loss no longer
+moves.
 """
 
 import json
@@ -31,9 +33,9 @@ from sf_examples.atari.atari_utils import make_atari_env
 register_v0_v4_envs()  # in each process; ALE does it by itself for a newer Gymnasium only
 
 SHARED = dict(
-    device="cpu", num_workers=2, worker_num_splits=2, async_rl=True, use_rnn=False,
-    normalize_input=False, normalize_returns=False, max_grad_norm=0.5, adam_eps=1e-5,
-    summaries_use_frameskip=False, save_every_sec=10**6,
+    device="gpu" if torch.cuda.is_available() else "cpu", async_rl=True, num_workers=2,
+    worker_num_splits=2, use_rnn=False, normalize_input=False, normalize_returns=False,
+    max_grad_norm=0.5, adam_eps=1e-5, summaries_use_frameskip=False, save_every_sec=10**6,
 )  # fmt: skip
 BREAKOUT = dict(
     env="atari_breakout", env_frameskip=4, env_framestack=4, obs_scale=255.0, nonlinearity="relu",
@@ -80,7 +82,7 @@ def make_cartpole(name: str, cfg, env_config, render_mode: str | None = None) ->
 def make_encoder(cfg, obs_space):
     """Their own; it is made in the process that learns too, and that one gets its threads here."""
     if cfg.env == "atari_breakout" and current_process().name.startswith("learner"):
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
     return default_make_encoder_func(cfg, obs_space)
 
 

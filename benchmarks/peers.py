@@ -1,4 +1,9 @@
-"""The tasks of benchmarks/throughput.py, and how asyncrl and the others are started on them."""
+"""The tasks of benchmarks/throughput.py, and how asyncrl and the others are started on them.
+
+A peer's name may say more, behind dashes: a number of environments (sb3-16), and "tuned", which
+gives it the environment variables of asyncrl's own processes (sb3-16-tuned): how its memory is
+allocated and its threads wait for each other.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from measure import REPOSITORY, Program, train
+
+from asyncrl.children import CHILD_ENVIRONMENT
 
 
 class Task(NamedTuple):
@@ -26,17 +33,17 @@ class Task(NamedTuple):
 ON_POLICY = "peer_plain_on_policy"
 TASKS = {
     "dqn": Task(
-        32, 4, "breakout_dqn", ("sb3",), "peer_plain_dqn", {
+        32, 4, "breakout_dqn", ("sb3", "sb3-16", "sb3-16-tuned"), "peer_plain_dqn", {
             "algorithm.double": False, "model.dueling": False, "algorithm.n-step": 1,
             "algorithm.batch-size": 32, "algorithm.replay.samples-per-insert": 8,
             "algorithm.replay.capacity": 100_000, "algorithm.replay.learning-starts": 2_000,
         },
     ),
-    "a2c": Task(80, 80, "breakout_a2c", ("sb3",), ON_POLICY),
-    "ppo": Task(256, 64, "breakout_ppo", ("sb3", "sf"), ON_POLICY),
+    "a2c": Task(80, 80, "breakout_a2c", ("sb3", "sb3-tuned"), ON_POLICY),
+    "ppo": Task(256, 64, "breakout_ppo", ("sb3", "sb3-tuned", "sf"), ON_POLICY),
     "impala": Task(640, 640, "breakout_impala", ("sf", "rllib"), ON_POLICY),
     "cartpole_ppo": Task(
-        64, 6.4, "cartpole_ppo", ("sb3", "sf"), ON_POLICY,
+        64, 6.4, "cartpole_ppo", ("sb3", "sb3-tuned", "sf"), ON_POLICY,
         # The learning rate falls to 0, and the updates cost the same ever after.
         {"total-env-steps": 10**9},
     ),
@@ -60,18 +67,26 @@ PEERS = {
 }  # fmt: skip
 
 
-def make_venv(name: str, folder: Path) -> Path:
-    """A Python with a peer in it."""
+def make_venv(name: str, folder: Path) -> tuple[Path, str]:
+    """A Python with a peer in it, and the peer's version."""
     python = folder / "bin" / "python"
     packages, modules, same = PEERS[name]
-    check = [python, "-c", f"import {modules}"]
-    if not python.exists() or subprocess.run(check, capture_output=True).returncode:
-        versions = [f"{p}=={importlib.metadata.version(p).partition('+')[0]}" for p in same]
-        packages = [*packages, *versions]
-        print(f"making {folder} with {', '.join(packages)}", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
-    return python
+    wanted = {p: importlib.metadata.version(p).partition("+")[0] for p in same}
+    ask = f"import {modules}; from importlib.metadata import version; " + (
+        f"print(*[version(p).partition('+')[0] for p in {[packages[0].partition('[')[0], *same]}])"
+    )
+    for fresh in (False, True):
+        if fresh:
+            packages = [*packages, *(f"{p}=={version}" for p, version in wanted.items())]
+            print(f"making {folder} with {', '.join(packages)}", file=sys.stderr)
+            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+            subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
+        if python.exists():
+            found = subprocess.run([python, "-c", ask], capture_output=True, text=True, cwd=folder)
+            its, *others = found.stdout.split()[-1 - len(same) :] or [""]
+            if found.returncode == 0 and others == list(wanted.values()):
+                return python, its
+    raise RuntimeError(f"expected {wanted} in {folder}, got {others}:\n{found.stderr[-2000:]}")
 
 
 def words(task: str, rest: list[str]) -> list[str]:
@@ -85,11 +100,15 @@ def start(
 ) -> Program:
     """One of the systems, in a folder for its files."""
     if name == "asyncrl":
-        return train(f"launch/{TASKS[task].launch}.py", name, runs, *words(task, rest))
-    script = TASKS[task].plain if name == "plain" else f"peer_{name}"
+        options = [*words(task, rest), "--seed", seed]
+        return train(f"launch/{TASKS[task].launch}.py", name, runs, *options)
+    peer, *variant = name.split("-")
+    script = TASKS[task].plain if name == "plain" else f"peer_{peer}"
     script = REPOSITORY / "benchmarks" / f"{script}.py"
-    command = [pythons.get(name, sys.executable), script, runs / "rows", task, seed]
-    return Program(command, runs / "log", runs / "rows")
+    command = [pythons.get(peer, sys.executable), script, runs / "rows", task, seed]
+    tuned = CHILD_ENVIRONMENT if "tuned" in variant else {}
+    command += [word for word in variant if word != "tuned"]
+    return Program(command, runs / "log", runs / "rows", **tuned)
 
 
 def ideal(task: str, runs: Path, rest: list[str]) -> tuple[dict, str]:

@@ -3,9 +3,9 @@
     python benchmarks/throughput.py --task dqn
     python benchmarks/throughput.py --task ppo --systems asyncrl sf plain
 
-One arithmetic for all: the same net, batch, epochs and number of environments (SB3's DQN has one),
-float32 unless asyncrl and the plain loop find hardware for bfloat16. All but the last are Breakout
-with the Nature net.
+One arithmetic for all: the same net, batch, epochs and number of environments (but that SB3's DQN,
+`sb3`, has one, as usual), float32 unless asyncrl and the plain loop find hardware for bfloat16. All
+but the last are Breakout with the Nature net.
 
 dqn           one vanilla update with a batch of 32 every 4 env steps, replay of 100,000
 a2c           rollouts of 16 x 5 steps
@@ -14,12 +14,14 @@ impala        rollouts of 32 x 20 steps, one pass; V-trace in asyncrl and RLlib
 cartpole_ppo  rollouts of 8 x 32 steps, 10 epochs of 4 minibatches, two nets of 64 x 64: overhead
 
 Peers are `sb3`, Stable-Baselines3, `sf`, Sample Factory's asynchronous PPO, and `rllib`, RLlib's
-IMPALA, each with its own environments and wrappers, as it is usually run. `plain` is a synchronous
-loop of ours in one process with as many environments; `ideal` is no system, but what env steps,
-asyncrl's net and its updates come to, timed alone on these cores and overlapped perfectly. They
-take turns in each repeat. Measured is from some seconds after the first update on. An env step is a
-decision of the agent, four frames of Atari; samples are transitions learned from, once for each
-time. The best peer is the one with the best median; the plain loop does not count as one.
+IMPALA, each with its own environments and wrappers, as it is usually run; `sb3-16` has 16
+environments in DQN too, and `-tuned` ones get the environment variables by which asyncrl tunes
+memory and threads, as a user who knows of them might set them. `plain` is a synchronous loop of
+ours in one process with as many environments; `ideal` is no system, but what env steps, asyncrl's
+net and its updates come to, timed alone on these cores and overlapped perfectly. They take turns,
+another one first in each repeat. Measured is from some seconds after the first update on. An env
+step is a decision of the agent, four frames of Atari; samples are transitions learned from, once
+for each time. The best peer is the one with the best median; the plain loop does not count as one.
 
 Each peer gets a virtual environment of its own, made at the first use (torch and ALE of the same
 version as here).
@@ -146,6 +148,10 @@ def measure(name: str, program: Program, seconds: float, batch: int = 0) -> dict
                 if fresh and fresh[-1]["time"] - fresh[0]["time"] >= seconds:
                     begin, end = fresh[0], fresh[-1]
                     break
+                if time.time() - first_update > START_SECONDS + 5 * seconds:
+                    raise RuntimeError(f"{name}: {len(fresh)} rounds of learning in so long a time")
+            if program.process.poll() is not None:
+                raise RuntimeError(f"{name} has ended by itself")
             time.sleep(0.5)
         times, cpu = zip(*samples, strict=True)
         used = np.interp([begin["time"], end["time"]], times, cpu)
@@ -171,9 +177,9 @@ def measure(name: str, program: Program, seconds: float, batch: int = 0) -> dict
 def add_ratios(rows: dict[str, dict]) -> str:
     """Columns of env steps/s relative to others in the same repeat; returns the best peer."""
     rates = {name: row["env steps/s"] for name, row in rows.items()}
-    peers = [name for name in rates if name in PEERS]
+    peers = [name for name in rates if peer_of(name) in PEERS]
     best = max(peers, key=lambda name: median(rates[name]), default="")
-    others = {"sb3": "sb3", "best peer": best, "plain": "plain", "ideal": "ideal"}
+    others = {name: name for name in rates if name != "asyncrl"} | {"best peer": best}
     for what, other in others.items():
         for name, row in rows.items():
             if other in rates:
@@ -182,28 +188,36 @@ def add_ratios(rows: dict[str, dict]) -> str:
     return best
 
 
+def peer_of(name: str) -> str:
+    """What a system is a variant of: sb3 for sb3-16-tuned."""
+    return name.partition("-")[0]
+
+
 def main() -> None:
     parser = arguments(__doc__, repeats=5)
     parser.add_argument("--seconds", type=float, default=60, help="of each measurement")
     parser.add_argument("--task", choices=list(TASKS), default="dqn")
-    systems = ["asyncrl", *PEERS, "plain", "ideal"]
-    parser.add_argument("--systems", nargs="+", choices=systems, help="default: all of the task")
+    parser.add_argument("--systems", nargs="+", help="default: all of the task")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "asyncrl-benchmarks"
     for name in PEERS:
         parser.add_argument(f"--{name}-venv", type=Path, default=cache / name)
     options, rest = parser.parse_known_args()  # the rest are options of asyncrl
     task = TASKS[options.task]
     chosen = options.systems or ["asyncrl", *task.peers, "plain", "ideal"]
-    if unknown := {name for name in chosen if name in PEERS} - set(task.peers):
-        parser.error(f"{options.task} is not written for {', '.join(sorted(unknown))}")
-    folders = {name: getattr(options, f"{name}_venv") for name in chosen if name in PEERS}
-    pythons = {name: make_venv(name, folder.absolute()) for name, folder in folders.items()}
+    known = ["asyncrl", *task.peers, "plain", "ideal"]
+    if unknown := [name for name in chosen if name not in known]:
+        parser.error(f"--systems: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    peers = dict.fromkeys(peer_of(name) for name in chosen if name in task.peers)
+    folders = {peer: getattr(options, f"{peer}_venv").absolute() for peer in peers}
+    made = {peer: make_venv(peer, folder) for peer, folder in folders.items()}
+    pythons = {peer: python for peer, (python, _) in made.items()}
     report = Report("throughput", options)
     results: dict[str, list[dict]] = {name: [] for name in chosen}
     limits = []
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(options.repeats):
-            for name in chosen:
+            turn = repeat % len(chosen)
+            for name in chosen[turn:] + chosen[:turn]:
                 runs = Path(folder) / f"{name}_{repeat}"
                 runs.mkdir()
                 if name == "ideal":
@@ -221,7 +235,8 @@ def main() -> None:
                if "waiting" in key}  # fmt: skip
     report.table([{options.task: name} | row for name, row in columns.items()])
     if best:
-        report.note(f"best peer: {best}")
+        versions = ", ".join(f"{PEERS[peer][0][0]} {its}" for peer, (_, its) in made.items())
+        report.note(f"best peer: {best}; {versions}")
     if limits:
         report.note(f"the ideal: {limits[len(limits) // 2]}")
     for name, row in columns.items():

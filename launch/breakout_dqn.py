@@ -1,4 +1,4 @@
-"""Atari Breakout with DQN, protocol classic: double, dueling, 3-step, four stacked frames.
+"""Atari Breakout with DQN, protocol classic: double, 3-step, four stacked frames.
 
     ./run_main.sh breakout_01 launch/breakout_dqn.py
 
@@ -24,7 +24,7 @@ from asyncrl import (
 
 config = Config(
     env=EnvConfig("ALE/Breakout-v5", protocol="classic"),
-    model=ModelConfig(frame_stack=4, dueling=True),
+    model=ModelConfig(frame_stack=4),
     policy=EpsilonGreedy(Linear(1.0, 0.01, 250_000)),
     algorithm=DQNConfig(
         learning_rate=1e-4,

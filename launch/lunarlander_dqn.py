@@ -25,22 +25,22 @@ config = Config(
     policy=EpsilonGreedy(Linear(1.0, 0.02, 50_000)),
     algorithm=DQNConfig(
         n_step=3,
-        learning_rate=Linear(5e-4, 0.0, 300_000),
-        batch_size=64,
+        learning_rate=Linear(5e-4, 0.0, 200_000),
+        batch_size=128,
         target_period=1,
         polyak=0.005,
         reward_clip=0,
         replay=ReplayConfig(
             capacity=100_000,
-            samples_per_insert=16,
+            samples_per_insert=64,
             learning_starts=5_000,
             priority_exponent=0.6,
-            importance_exponent=Linear(0.4, 1.0, 300_000),
+            importance_exponent=Linear(0.4, 1.0, 200_000),
         ),
     ),
     actor=ActorConfig(lanes_per_actor=1, envs_per_lane=8, unroll_length=8),
     evaluation=EvaluationConfig(period_steps=50_000, num_episodes=20, epsilon=0.0),
-    total_env_steps=300_000,
+    total_env_steps=200_000,
 )
 
 if __name__ == "__main__":

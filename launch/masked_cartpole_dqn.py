@@ -25,24 +25,24 @@ from asyncrl import (
 
 config = Config(
     env=EnvConfig("asyncrl/MaskedCartPole-v1"),
-    model=ModelConfig(hidden=(128,), lstm=64, dueling=True),
+    model=ModelConfig(hidden=(128,), lstm=128, dueling=True),
     policy=EpsilonGreedy(Linear(1.0, 0.04, 30_000)),
     algorithm=DQNConfig(
         gamma=0.97,
         n_step=3,
-        learning_rate=Linear(1e-3, 0.0, 150_000),
-        batch_size=32,
+        learning_rate=Linear(1e-3, 0.0, 120_000),
+        batch_size=64,
         target_period=1,
         polyak=0.01,
         reward_clip=0,
-        sequence_length=16,
-        burn_in=4,
+        sequence_length=8,
+        burn_in=2,
         num_states=2,
-        replay=ReplayConfig(capacity=100_000, samples_per_insert=64, learning_starts=1_000),
+        replay=ReplayConfig(capacity=100_000, samples_per_insert=128, learning_starts=1_000),
     ),
     actor=ActorConfig(lanes_per_actor=1, envs_per_lane=4, unroll_length=16),
     evaluation=EvaluationConfig(period_steps=10_000, num_episodes=20, epsilon=0.0),
-    total_env_steps=150_000,
+    total_env_steps=120_000,
 )
 
 # The same without memory: positions and angles alone.
@@ -54,7 +54,7 @@ feed_forward = replace(
         sequence_length=0,
         burn_in=0,
         num_states=1,
-        replay=replace(config.algorithm.replay, samples_per_insert=8),
+        replay=replace(config.algorithm.replay, samples_per_insert=16),
     ),
 )
 

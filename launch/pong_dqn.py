@@ -1,4 +1,4 @@
-"""Atari Pong with DQN, protocol classic: double, dueling, 3-step, four stacked frames.
+"""Atari Pong with DQN, protocol classic: double, 3-step, four stacked frames.
 
     ./run_main.sh pong_01 launch/pong_dqn.py
 
@@ -23,7 +23,7 @@ from asyncrl import (
 
 config = Config(
     env=EnvConfig("ALE/Pong-v5", protocol="classic"),
-    model=ModelConfig(frame_stack=4, dueling=True),
+    model=ModelConfig(frame_stack=4),
     policy=EpsilonGreedy(Linear(1.0, 0.01, 100_000)),
     algorithm=DQNConfig(
         learning_rate=1e-4,

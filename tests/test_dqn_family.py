@@ -407,7 +407,7 @@ def noisy_dqn(seed: int = 0) -> DQN:
 def test_both_nets_draw_noise_of_their_own_before_every_update():
     dqn, store = noisy_dqn(), Store(make_sample([[1.0, 0.5]], (0, 1), (0, 1), (1, 0)))
     layers = noisy_layers(dqn.model), noisy_layers(dqn.target)
-    assert len(layers[0]) == 4  # the last layer of the torso, IQN's own, two streams
+    assert len(layers[0]) == 4  # two of each stream
     seen = []
     for _ in range(9):
         dqn.update(store)
@@ -416,7 +416,9 @@ def test_both_nets_draw_noise_of_their_own_before_every_update():
             assert torch.equal(one.noise_in, other.noise_in) == moved
             assert not torch.equal(one.noise_out, seen[-1]) if seen else True
         seen.append(layers[0][-1].noise_out.clone())
-    assert set(dqn.model.state_dict()) >= {"head.hidden.noise_in", "head.hidden.noise_out"}
+    assert set(dqn.model.state_dict()) >= {
+        f"head.streams.value.hidden.0.noise_{side}" for side in ("in", "out")
+    }
 
 
 def test_a_restored_noisy_iqn_goes_on_bit_by_bit():

@@ -30,7 +30,7 @@ def test_serial_equals_lockstep(uninterrupted, start):
 
 def test_another_seed_differs(uninterrupted, tmp_path):
     folder = train_serially(tmp_path, "other", EXACT, ["--seed", 2])
-    weights = "algorithm|model|head.advantage.weight"
+    weights = "algorithm|model|head.advantage.last.weight"
     assert not np.array_equal(last_checkpoint(folder)[0][weights], uninterrupted[0][weights])
 
 

@@ -78,14 +78,16 @@ def test_noise_has_the_variance_of_the_paper():
 
 
 @pytest.mark.parametrize(
-    "space, count", [(BOX, 3), (GREY, 3), (TREE, 4), (spaces.Box(0, 1, (9, 9)), 3)], ids=str
+    "space, torsos", [(BOX, 1), (GREY, 1), (TREE, 2), (spaces.Box(0, 1, (9, 9)), 1)], ids=str
 )
-def test_the_head_and_the_layer_before_it_are_noisy(space, count):
-    """Two streams of the head, and the last layer of each torso; a learner learns the noise."""
-    model = build(space, noisy=True, dueling=True)
-    layers = noisy_layers(model)
-    assert len(layers) == count and model.head.advantage in layers and model.head.value in layers
-    assert not noisy_layers(build(space, dueling=True))
+@pytest.mark.parametrize("dueling", [False, True])
+def test_the_head_and_the_layer_before_it_are_noisy(space, torsos, dueling):
+    """Two layers of each stream, or one and the last of each torso; a learner learns the noise."""
+    model = build(space, noisy=True, dueling=dueling)
+    layers, count = noisy_layers(model), 4 if dueling else torsos + 1
+    assert len(layers) == count and model.head.advantage.last in layers
+    assert not dueling or model.head.value.last in layers
+    assert not noisy_layers(build(space, dueling=dueling))
     names = [name for name in model.state_dict() if name.endswith("noise_in")]
     assert len(names) == count  # published with the weights, saved in checkpoints
     assert sum(name.endswith("sigma") for name, _ in model.named_parameters()) == 2 * count
@@ -165,7 +167,7 @@ def test_the_gradient_of_a_spectral_convolution_is_that_of_torchs():
 def test_the_residual_torso_by_its_layers():
     """Shapes of each stage for 84 x 84, and a block by hand."""
     torch.manual_seed(0)
-    torso = ImpalaTorso(4, 84, 84, 32, width=2, spectral_norm=True, pool=6).eval()
+    torso = ImpalaTorso(4, 84, 84, width=2, spectral_norm=True, pool=6).eval()
     shapes, image = [], torch.rand(3, 4, 84, 84)
     for layer in torso.convolutions:
         before, image = image, layer(image)
@@ -174,6 +176,7 @@ def test_the_residual_torso_by_its_layers():
     for k, stage in enumerate(stages):  # a convolution and a pool, then two blocks like the pool
         assert shapes[4 * (k // 2) + k % 2] == stage
     assert shapes[-3:] == [(64, 11, 11), (64, 6, 6), (64 * 36,)] and before.min() >= 0
+    assert torso.features == 64 * 36
     block, image = torso.convolutions[2], torch.randn(1, 32, 5, 5)
     want = image + block.second(block.first(image.clamp(min=0)).clamp(min=0))
     assert torch.equal(block(image), want)
@@ -230,7 +233,7 @@ def test_refusals():
         ({"torso": "impala", "torso_width": 0}, "got 'impala', 0 and 0"),
         ({"torso_pool": 6}, "only with torso='impala', got 1, 6 and False with 'auto'"),
         ({"spectral_norm": True, "torso": "nature"}, "only with torso='impala'"),
-        ({"noisy": True, "head": "actor_critic"}, "noisy=True with a Q head only"),
+        ({"noisy": True, "head": "actor_critic"}, "noisy=True and dueling=True with a Q head only"),
         ({"head": "policy"}, "expected head of"),
     ):
         with pytest.raises(ValueError, match=words):

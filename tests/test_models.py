@@ -17,9 +17,11 @@ from asyncrl.models import ModelConfig, Network
 from asyncrl.models.contract import try_model
 from asyncrl.models.cores import LSTM, FrameStack
 from asyncrl.models.heads import ActorCriticHead, Gaussian, QHead
+from asyncrl.models.layers import StreamConfig
 from asyncrl.models.memory import states_before
 from asyncrl.models.normalizers import PopArt, RunningStatistics
-from asyncrl.models.torsos import NatureTorso, SmallImageTorso
+from asyncrl.models.return_heads import C51, IQN
+from asyncrl.models.torsos import NatureTorso, SmallImageTorso, has_channels_last
 from asyncrl.state import flatten, unflatten
 from asyncrl.types import tree_map
 
@@ -176,13 +178,72 @@ def test_large_images_get_three_convolutions_small_ones_one():
 
 def test_dueling_advantages_have_mean_zero():
     torch.manual_seed(0)
-    head, features = QHead(8, spaces.Discrete(5), dueling=True), torch.randn(20, 8)
+    stream, features = StreamConfig(8, hidden=6), torch.randn(20, 8)
+    head = QHead(stream, spaces.Discrete(5), dueling=True)
     q = head(features)["q"]
     torch.testing.assert_close(q.mean(1, keepdim=True), head.value(features))
     advantage = head.advantage(features)
     torch.testing.assert_close(q[:, :1] - q, advantage[:, :1] - advantage)
-    plain = QHead(8, spaces.Discrete(5), dueling=False)
+    plain = QHead(stream, spaces.Discrete(5), dueling=False)
     assert torch.equal(plain(features)["q"], plain.advantage(features))
+
+
+def weights_of(space: spaces.Space, **options) -> list[tuple[int, ...]]:
+    """Shapes of the matrices of a net of five actions, convolutions left out."""
+    model = ModelConfig(features=32, hidden=(16, 8), **options)(space, spaces.Discrete(5))
+    return [tuple(p.shape) for name, p in model.named_parameters() if p.ndim == 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [(32, 1152), (5, 32)]),
+        ({"dueling": True}, [(32, 1152), (5, 32), (32, 1152), (1, 32)]),
+        ({"dueling": True, "head": C51(3, 0, 1)}, [(32, 1152), (15, 32), (32, 1152), (3, 32)]),
+        ({"head": IQN(2, 2)}, [(1152, 64), (32, 1152), (5, 32)]),
+        ({"dueling": True, "head": IQN(2, 2)},
+         [(1152, 64), (32, 1152), (5, 32), (32, 1152), (1, 32)]),
+        ({"dueling": True, "lstm": 4},
+         [(32, 1152), (16, 32), (16, 4), (32, 4), (5, 32), (32, 4), (1, 32)]),
+    ],
+)  # fmt: skip
+def test_each_stream_has_the_last_hidden_layer_for_itself(options, expected):
+    image = spaces.Box(0, 255, (8, 9), np.uint8)  # 16 channels of one 3 x 3 convolution
+    assert weights_of(image, **options) == expected
+    parts = weights_of(spaces.Dict({"a": image, "b": spaces.Box(0, 1, (3,))}), **options)
+    assert sum(rows * columns for rows, columns in parts) > 0
+
+
+def test_streams_of_an_mlp_have_its_last_layer_each():
+    vector = spaces.Box(-1, 1, (3,))
+    assert weights_of(vector) == [(16, 3), (8, 16), (5, 8)]
+    assert weights_of(vector, dueling=True) == [(16, 3), (8, 16), (5, 8), (8, 16), (1, 8)]
+    bare = ModelConfig(hidden=(), dueling=True)(vector, spaces.Discrete(5))
+    assert bare(torch.rand(2, 1, 3), torch.ones(2, 1), {})[0]["q"].shape == (2, 1, 5)
+
+
+def test_axes_of_channels():
+    for shape, last in (
+        ((84, 84, 3), True), ((3, 84, 84), False), ((210, 160, 3), True), ((3, 210, 160), False),
+        ((17, 9, 9), False), ((9, 9, 17), True), ((8, 8, 8), False), ((9, 8), False),
+    ):  # fmt: skip
+        assert has_channels_last(shape) == last, shape
+
+
+def test_categories_of_an_observation_are_one_hot():
+    space = spaces.MultiDiscrete([2, 3], start=[5, -1])
+    model = ModelConfig(hidden=(4,))(space, spaces.Discrete(2))
+    seen = []
+    model.encoder.layers.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(torch.tensor([[[5, -1]], [[6, 1]]]), torch.ones(2, 1), {})
+    assert seen[0].tolist() == [[1, 0, 1, 0, 0], [0, 1, 0, 0, 1]]
+
+
+def test_options_that_nothing_would_heed_are_refused():
+    with pytest.raises(ValueError, match="expected an image for the torso impala"):
+        ModelConfig(torso="impala")(spaces.Box(-1, 1, (3,)), spaces.Discrete(2))
+    with pytest.raises(ValueError, match="dueling=True with a Q head only"):
+        ModelConfig(dueling=True, head="actor_critic")
 
 
 # -- LSTM ----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from gymnasium import spaces
 from asyncrl.algorithms import value_distributions as vd
 from asyncrl.algorithms.returns import n_step
 from asyncrl.models import ModelConfig
+from asyncrl.models.layers import StreamConfig
 from asyncrl.models.return_heads import C51, IQN, QR, Streams, midpoints
 
 A, K = 3, 5
@@ -359,7 +360,7 @@ def test_what_a_distributional_head_puts_out(kind, options):
 
 def test_dueling_splits_every_number_of_a_distribution():
     torch.manual_seed(0)
-    streams, features = Streams(8, A, K, dueling=True, noisy=False), torch.randn(20, 8)
+    streams, features = Streams(StreamConfig(8, 6), A, K, dueling=True), torch.randn(20, 8)
     numbers = streams(features)
     assert numbers.shape == (20, A, K)
     torch.testing.assert_close(numbers.mean(1), streams.value(features))
@@ -390,7 +391,9 @@ def test_an_implicit_quantile_by_a_slow_formula():
         for k, tau in enumerate((1 / 6, 0.5, 5 / 6)):
             waves = torch.tensor([cos(pi * i * tau) for i in range(64)])
             mixed = features[n] * torch.relu(head.embedding(waves))
-            hidden = torch.relu(head.hidden(mixed))
-            advantage = head.streams.advantage(hidden)
-            want = head.streams.value(hidden) + advantage - advantage.mean()
+            advantage, value = (
+                stream.last(torch.relu(stream.hidden[0](mixed)))
+                for stream in (head.streams.advantage, head.streams.value)
+            )
+            want = value + advantage - advantage.mean()
             torch.testing.assert_close(outputs["quantiles"][n, :, k], want, rtol=1e-4, atol=1e-6)

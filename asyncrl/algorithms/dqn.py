@@ -131,11 +131,11 @@ class DQN:
         )
         now = sample.obs, sample.first, sample.state
         later = sample.next_obs, sample.next_first, sample.next_state
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            with torch.no_grad():
-                next_target = self.target(*later)[0]
-                next_online = self.model(*later)[0] if self.chooses else next_target
-                before = self.target(*now)[0] if config.munchausen else {}
+        with torch.no_grad(), self._autocast():
+            next_target = self.target(*later)[0]
+            next_online = self.model(*later)[0] if self.chooses else next_target
+            before = self.target(*now)[0] if config.munchausen else {}
+        with self._autocast():
             outputs = self.model(*now)[0]
         following = self._following(_at(next_target, 0), _at(next_online, 0))
         return Batch(
@@ -148,11 +148,11 @@ class DQN:
         config, batch = self.config, self._to_device(store.sample_sequences())
         warm_up, rest = slice(config.burn_in), slice(config.burn_in, None)
         length, state = config.sequence_length, batch.state
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            with torch.no_grad():
-                target = _at(self._target_outputs(batch, store), rest)
-                if config.burn_in:
-                    _, state = self.model(_at(batch.obs, warm_up), batch.first[warm_up], state)
+        with torch.no_grad(), self._autocast():
+            target = _at(self._target_outputs(batch, store), rest)
+            if config.burn_in:
+                _, state = self.model(_at(batch.obs, warm_up), batch.first[warm_up], state)
+        with self._autocast():
             online, _ = self.model(_at(batch.obs, rest), batch.first[rest], state)
         returns, discount, end = vd.windows(
             self._clip(batch.reward[rest]), batch.terminated[rest], batch.truncated[rest],
@@ -197,6 +197,11 @@ class DQN:
         values = reward.unsqueeze(-1) + batch.discount.unsqueeze(-1) * batch.following.values
         values = vd.rescale(values) if config.value_rescaling else values
         return batch.following._replace(values=values)
+
+    def _autocast(self) -> torch.autocast:
+        """bfloat16 where that is on. What runs without gradient has a context of its own: older
+        PyTorch keeps the weights it casts, without gradient, for all that runs in the same one."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def _clip(self, reward: Tensor) -> Tensor:
         clip = self.config.reward_clip

@@ -16,6 +16,7 @@ frames its core stacks; the replay then gathers them at sampling. What outputs t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from gymnasium import spaces
@@ -24,8 +25,9 @@ from torch import Tensor, nn
 from asyncrl.models.config import ModelConfig
 from asyncrl.models.cores import LSTM, FrameStack
 from asyncrl.models.heads import ActorCriticHead, QHead
+from asyncrl.models.layers import StreamConfig
 from asyncrl.models.normalizers import ObservationNormalizer
-from asyncrl.models.torsos import encoder
+from asyncrl.models.torsos import encoder, has_image
 from asyncrl.types import Tree, tree_map
 
 
@@ -49,8 +51,18 @@ class Network(nn.Module):
         normalizes = config.normalize_obs
         self.obs_normalizer = ObservationNormalizer(observation_space) if normalizes else None
 
+        # Whether the last layer is the head's: of each of its streams, behind an LSTM one more.
+        own_layer = config.dueling or getattr(config.head, "own_layer", False)
+        if config.torso != "auto" and not has_image(observation_space):
+            raise ValueError(
+                f"expected an image for the torso {config.torso}, got {observation_space}; other "
+                "observations are served by `hidden`"
+            )
+
         def torso() -> nn.Module:
-            built = encoder(observation_space, self.frame_stack, config)
+            last, noisy = not own_layer or config.lstm > 0, config.noisy and not own_layer
+            its = replace(config, noisy=noisy)
+            built = encoder(observation_space, self.frame_stack, its, last)
             return built.to(memory_format=torch.channels_last)
 
         self.encoder = torso()
@@ -68,10 +80,12 @@ class Network(nn.Module):
                 f'head="actor_critic", got them with head={config.head!r}; value-based algorithms '
                 "make no use of them"
             )
-        elif config.head in ("auto", "q"):
-            self.head = QHead(features, action_space, config.dueling, config.noisy)
         else:
-            self.head = config.head.build(features, action_space, config.dueling, config.noisy)
+            width = self.encoder.width if own_layer else 0
+            activation = "relu" if has_image(observation_space) else config.activation
+            stream = StreamConfig(features, width, activation, config.noisy)
+            build = QHead if config.head in ("auto", "q") else config.head.build
+            self.head = build(stream, action_space, config.dueling)
 
     def initial_state(self, num_envs: int) -> dict[str, Tensor]:
         cores = [] if self.is_tree else [self.stack]
@@ -95,13 +109,12 @@ class Network(nn.Module):
         merged = tree_map(lambda leaf: leaf.flatten(0, 1), obs)
         torsos = [self.encoder, self.value_encoder] if self.value_encoder else [self.encoder]
         features = [torso(merged) for torso in torsos]
-        with torch.autocast(first.device.type, enabled=False):  # values need more than 8 bits
-            features = [part.float() for part in features]
-            if self.lstm is not None:
-                before = features[0].unflatten(0, (T, B))
+        if self.lstm is not None:
+            with torch.autocast(first.device.type, enabled=False):  # what is kept needs 24 bits
+                before = features[0].float().unflatten(0, (T, B))
                 behind, states = self.lstm.states(before, first, state, [*rows, T])
-                features, after = [behind.flatten(0, 1)], after | states[-1]
-            outputs = self.head(*features)
+            features, after = [behind.flatten(0, 1)], after | states[-1]
+        outputs = self.head(*features)
         outputs = {name: output.unflatten(0, (T, B)) for name, output in outputs.items()}
         return outputs, after, states[:-1]
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from gymnasium import spaces
 
-from asyncrl.models.torsos import ACTIVATIONS, IMAGE_TORSOS
+from asyncrl.models.layers import ACTIVATIONS
+from asyncrl.models.torsos import IMAGE_TORSOS
 
 if TYPE_CHECKING:
     from asyncrl.models import Network
@@ -27,7 +28,8 @@ class ModelConfig:
     hidden: tuple[int, ...] = (128, 128)
     """Layers of the MLP that serves observations other than images."""
     dueling: bool = False
-    """Split Q into a state value and advantages."""
+    """Split Q into a state value and advantages; each has a last hidden layer of its own, which
+    behind an LSTM, or an MLP of one layer, is one more."""
     head: Literal["auto", "q", "actor_critic"] = "auto"
     """q: a value for each action. actor_critic: a policy and a value of the state. auto: what the
     algorithm learns, q where there is none to ask."""
@@ -85,10 +87,11 @@ class ModelConfig:
                 f"{self.torso_width}, {self.torso_pool} and {self.spectral_norm} with "
                 f"{self.torso!r}"
             )
-        if self.noisy and self.head == "actor_critic":
+        if (self.noisy or self.dueling) and self.head == "actor_critic":
             raise ValueError(
-                "expected noisy=True with a Q head only, got head='actor_critic'; policies that "
-                "are drawn from need no noise in their weights"
+                "expected noisy=True and dueling=True with a Q head only, got "
+                f"noisy={self.noisy} and dueling={self.dueling} with head='actor_critic'; its "
+                "policy is drawn from and needs no noise, and its value is a stream of its own"
             )
 
     def __call__(self, observation_space: spaces.Space, action_space: spaces.Space) -> Network:

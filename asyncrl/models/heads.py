@@ -13,7 +13,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from asyncrl.models.layers import NoisyLinear, scale
+from asyncrl.models.layers import StreamConfig, scale
 from asyncrl.models.normalizers import PopArt
 
 
@@ -30,13 +30,10 @@ def num_actions(space: spaces.Space) -> int:
 class QHead(nn.Module):
     """{"q": (N, A)}: the value of each discrete action; dueling splits it (Wang et al. 2016)."""
 
-    def __init__(
-        self, features: int, action_space: spaces.Space, dueling: bool, noisy: bool = False
-    ):
+    def __init__(self, stream: StreamConfig, action_space: spaces.Space, dueling: bool):
         super().__init__()
-        linear = NoisyLinear if noisy else nn.Linear
-        self.advantage = scale(linear(features, num_actions(action_space)), 0.01)
-        self.value = scale(linear(features, 1), 1.0) if dueling else None
+        self.advantage = stream(num_actions(action_space), 0.01)
+        self.value = stream(1, 1.0) if dueling else None
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         q = self.advantage(features)
@@ -63,7 +60,9 @@ class ActorCriticHead(nn.Module):
     def forward(self, features: Tensor, value_features: Tensor | None = None) -> dict[str, Tensor]:
         """Both (N, features); without the second the first serve policy and value."""
         value_features = features if value_features is None else value_features
-        return {"value": self.value(value_features).squeeze(1), **self.policy(features)}
+        with torch.autocast(features.device.type, enabled=False):  # values need more than 8 bits
+            value = self.value(value_features.float()).squeeze(1)
+            return {"value": value, **self.policy(features.float())}
 
 
 # -- distributions of actions --------------------------------------------------------------------

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
+
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
 
 def scale(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
@@ -19,6 +23,47 @@ class Linear(nn.Linear):
 
     def forward(self, features: Tensor) -> Tensor:
         return torch.addmm(self.bias.unsqueeze(1), self.weight, features.t()).t()
+
+
+def linear(inputs: int, outputs: int, noisy: bool) -> nn.Linear:
+    """The linear layer for that, of which only large ones are worth a `Linear`."""
+    if noisy:
+        return NoisyLinear(inputs, outputs)
+    return (Linear if inputs * outputs > 1 << 20 else nn.Linear)(inputs, outputs)
+
+
+def hidden_layer(inputs: int, outputs: int, activation: str, noisy: bool) -> nn.Sequential:
+    """(N, inputs) -> (N, outputs), with a name of `ACTIVATIONS` behind it."""
+    return nn.Sequential(scale(linear(inputs, outputs, noisy)), ACTIVATIONS[activation]())
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """What lies between features and the last layer of a head; calling it builds a `Stream`."""
+
+    features: int
+    hidden: int = 0  # width of a layer of its own (0: none)
+    activation: str = "relu"
+    noisy: bool = False
+
+    def __call__(self, outputs: int, gain: float) -> Stream:
+        return Stream(self, outputs, gain)
+
+
+class Stream(nn.Module):
+    """(N, features) -> (N, outputs), float32: values need more than the 8 bits of bfloat16."""
+
+    def __init__(self, config: StreamConfig, outputs: int, gain: float):
+        super().__init__()
+        inputs, width, noisy = config.features, config.hidden, config.noisy
+        layer = hidden_layer(inputs, width, config.activation, noisy) if width else nn.Identity()
+        self.hidden = layer
+        self.last = scale(linear(width or inputs, outputs, noisy), gain)
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = self.hidden(features)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.last(features.float())
 
 
 class NoisyLinear(nn.Linear):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from asyncrl.models.layers import Linear, SpectralConv2d, scale
+from asyncrl.models.layers import SpectralConv2d
 
 
 class ResidualBlock(nn.Module):
@@ -23,7 +23,8 @@ class ResidualBlock(nn.Module):
 
 
 class ImpalaTorso(nn.Module):
-    """Three stages of 16, 32 and 32 channels (times `width`), each half as large as before.
+    """(N, C, H, W) -> (N, features): three stages of 16, 32 and 32 channels (times `width`), each
+    half as large as before.
 
     A stage is a convolution, a max-pool and two residual blocks. The last map is pooled to
     (pool, pool) where `pool` is not 0, so that the layer behind it does not grow with the image.
@@ -34,11 +35,9 @@ class ImpalaTorso(nn.Module):
         channels: int,
         height: int,
         image_width: int,
-        features: int,
         width: int = 1,
         spectral_norm: bool = False,
         pool: int = 0,
-        linear: type[nn.Linear] = Linear,
     ):
         super().__init__()
         layers: list[nn.Module] = []
@@ -57,7 +56,7 @@ class ImpalaTorso(nn.Module):
             layers.append(nn.AdaptiveMaxPool2d(pool))
             height = image_width = pool
         self.convolutions = nn.Sequential(*layers, nn.Flatten())
-        self.linear = scale(linear(channels * height * image_width, features))
+        self.features = channels * height * image_width
 
     def forward(self, image: Tensor) -> Tensor:
-        return torch.relu(self.linear(self.convolutions(image)))
+        return self.convolutions(image)

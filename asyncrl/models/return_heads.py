@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import pi
+from typing import ClassVar
 
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
 from asyncrl.models.heads import num_actions
-from asyncrl.models.layers import NoisyLinear, scale
+from asyncrl.models.layers import StreamConfig, scale
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -44,8 +45,8 @@ class C51:
         """Shapes behind (T, B) of what a model puts out."""
         return {"q": (actions,), "logits_of_return": (actions, self.num_atoms)}
 
-    def build(self, features: int, action_space: spaces.Space, dueling: bool, noisy: bool):
-        streams = Streams(features, num_actions(action_space), self.num_atoms, dueling, noisy)
+    def build(self, stream: StreamConfig, action_space: spaces.Space, dueling: bool):
+        streams = Streams(stream, num_actions(action_space), self.num_atoms, dueling)
         return CategoricalHead(streams, self.atoms())
 
 
@@ -59,16 +60,16 @@ class QR:
         """Shapes behind (T, B) of what a model puts out."""
         return {"q": (actions,), "quantiles": (actions, self.num_quantiles)}
 
-    def build(self, features: int, action_space: spaces.Space, dueling: bool, noisy: bool):
-        return QuantileHead(
-            Streams(features, num_actions(action_space), self.num_quantiles, dueling, noisy)
-        )
+    def build(self, stream: StreamConfig, action_space: spaces.Space, dueling: bool):
+        streams = Streams(stream, num_actions(action_space), self.num_quantiles, dueling)
+        return QuantileHead(streams)
 
 
 @dataclass(frozen=True)
 class IQN:
     """Quantiles at any fraction, which is an input (Dabney et al. 2018b)."""
 
+    own_layer: ClassVar[bool] = True  # the last one before Q lies behind the fractions
     num_tau: int
     num_acting_tau: int
 
@@ -77,19 +78,18 @@ class IQN:
         count = self.num_tau
         return {"q": (actions,), "quantiles": (actions, count), "taus": (count,)}
 
-    def build(self, features: int, action_space: spaces.Space, dueling: bool, noisy: bool):
-        return ImplicitQuantileHead(self, features, num_actions(action_space), dueling, noisy)
+    def build(self, stream: StreamConfig, action_space: spaces.Space, dueling: bool):
+        return ImplicitQuantileHead(self, stream, num_actions(action_space), dueling)
 
 
 class Streams(nn.Module):
     """(N, features) -> (N, A, K), K numbers an action; dueling splits each of them."""
 
-    def __init__(self, features: int, actions: int, count: int, dueling: bool, noisy: bool):
+    def __init__(self, stream: StreamConfig, actions: int, count: int, dueling: bool):
         super().__init__()
         self.shape = actions, count
-        linear = NoisyLinear if noisy else nn.Linear
-        self.advantage = scale(linear(features, actions * count), 0.01)
-        self.value = scale(linear(features, count), 1.0) if dueling else None
+        self.advantage = stream(actions * count, 0.01)
+        self.value = stream(count, 1.0) if dueling else None
 
     def forward(self, features: Tensor) -> Tensor:
         numbers = self.advantage(features).unflatten(-1, self.shape)
@@ -131,23 +131,22 @@ class ImplicitQuantileHead(nn.Module):
     In training one fraction is drawn from each of `num_tau` equal parts of [0, 1]: the loss has
     the same expectation as with independent ones, and less variance. Else they are the midpoints
     of `num_acting_tau` parts, so that whoever acts draws nothing. Fractions enter as 64 cosines
-    that multiply the features, and one more layer stands behind them.
+    that multiply the features, before the last hidden layer.
     """
 
-    def __init__(self, config: IQN, features: int, actions: int, dueling: bool, noisy: bool):
+    def __init__(self, config: IQN, stream: StreamConfig, actions: int, dueling: bool):
         super().__init__()
         self.config = config
         self.register_buffer("frequencies", pi * torch.arange(64, dtype=torch.float32))
-        self.embedding = scale(nn.Linear(64, features))
-        linear = NoisyLinear if noisy else nn.Linear
-        self.hidden = scale(linear(features, features))
-        self.streams = Streams(features, actions, 1, dueling, noisy)
+        self.embedding = scale(nn.Linear(64, stream.features))
+        self.streams = Streams(stream, actions, 1, dueling)
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         taus = self.taus(len(features), features.device)
         waves = torch.cos(taus.unsqueeze(-1) * self.frequencies)
         mixed = features.unsqueeze(1) * torch.relu(self.embedding(waves))  # (N, K, features)
-        quantiles = self.streams(torch.relu(self.hidden(mixed))).squeeze(-1).transpose(1, 2)
+        quantiles = self.streams(mixed.flatten(0, 1)).unflatten(0, taus.shape)  # (N, K, A, 1)
+        quantiles = quantiles.squeeze(-1).transpose(1, 2)
         return {"q": quantiles.mean(-1), "quantiles": quantiles, "taus": taus}
 
     def taus(self, rows: int, device: torch.device) -> Tensor:

@@ -1,33 +1,30 @@
 """Torsos: from observations of any space to a vector of features, one row a sample.
 
-Built after a `ModelConfig`; where it says `noisy`, the last layer of a torso is.
+Built after a `ModelConfig`. The last layer of an encoder is `noisy` where the config says so; it is
+left to the head, with last=False, where that has one of its own for each of its streams. `width` is
+what that layer puts out, `features` what the encoder does.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from asyncrl.models.layers import Linear, NoisyLinear, scale
+from asyncrl.models.layers import hidden_layer, scale
 from asyncrl.models.resnet import ImpalaTorso
 
 if TYPE_CHECKING:
     from asyncrl.models.config import ModelConfig
 
-ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
-
 
 class NatureTorso(nn.Module):
-    """Three convolutions and a layer of Mnih et al. 2015, for images of at least 36 x 36."""
+    """(N, C, H, W) -> (N, features): three convolutions (Mnih et al. 2015), from 36 x 36 pixels."""
 
-    def __init__(
-        self, channels: int, height: int, width: int, features: int,
-        linear: type[nn.Linear] = Linear,
-    ):  # fmt: skip
+    def __init__(self, channels: int, height: int, width: int):
         super().__init__()
         if min(height, width) < 36:
             raise ValueError(
@@ -40,26 +37,22 @@ class NatureTorso(nn.Module):
             scale(nn.Conv2d(64, 64, 3, 1)), nn.ReLU(), nn.Flatten(),
         )  # fmt: skip
         with torch.no_grad():
-            flat = self.convolutions(torch.zeros(1, channels, height, width)).shape[1]
-        self.linear = scale(linear(flat, features))
+            self.features = self.convolutions(torch.zeros(1, channels, height, width)).shape[1]
 
     def forward(self, image: Tensor) -> Tensor:
-        return torch.relu(self.linear(self.convolutions(image)))
+        return self.convolutions(image)
 
 
 class SmallImageTorso(nn.Module):
-    """One 3 x 3 convolution and a layer (Young and Tian 2019, MinAtar), for tiny images."""
+    """(N, C, H, W) -> (N, features): one convolution (Young and Tian 2019), for tiny images."""
 
-    def __init__(
-        self, channels: int, height: int, width: int, features: int,
-        linear: type[nn.Linear] = Linear,
-    ):  # fmt: skip
+    def __init__(self, channels: int, height: int, width: int):
         super().__init__()
         self.convolution = scale(nn.Conv2d(channels, 16, 3, padding=1))
-        self.linear = scale(linear(16 * height * width, features))
+        self.features = 16 * height * width
 
     def forward(self, image: Tensor) -> Tensor:
-        return torch.relu(self.linear(torch.relu(self.convolution(image)).flatten(1)))
+        return torch.relu(self.convolution(image)).flatten(1)
 
 
 IMAGE_TORSOS = {"nature": NatureTorso, "small": SmallImageTorso, "impala": ImpalaTorso}
@@ -68,10 +61,10 @@ IMAGE_TORSOS = {"nature": NatureTorso, "small": SmallImageTorso, "impala": Impal
 class ImageEncoder(nn.Module):
     """(N, k, *frame) of stacked (H, W), (H, W, C) or (C, H, W) frames -> (N, features)."""
 
-    def __init__(self, space: spaces.Box, stack: int, config: ModelConfig):
+    def __init__(self, space: spaces.Box, stack: int, config: ModelConfig, last: bool):
         super().__init__()
         shape = space.shape
-        self.channels_last_frames = len(shape) == 3 and shape[2] < shape[0]
+        self.channels_last_frames = has_channels_last(shape)
         if len(shape) == 2:
             (height, width), channels = shape, 1
         elif self.channels_last_frames:
@@ -84,10 +77,11 @@ class ImageEncoder(nn.Module):
             kind = "nature" if min(height, width) >= 36 else "small"
         names = ("torso_width", "torso_pool", "spectral_norm") if kind == "impala" else ()
         options = {name.removeprefix("torso_"): getattr(config, name) for name in names}
-        linear = NoisyLinear if config.noisy else Linear
-        size = channels * stack, height, width, config.features
-        self.torso = IMAGE_TORSOS[kind](*size, linear=linear, **options)
-        self.features = config.features
+        self.torso = IMAGE_TORSOS[kind](channels * stack, height, width, **options)
+        self.width = config.features
+        layer = hidden_layer(self.torso.features, self.width, "relu", config.noisy)
+        self.last = layer if last else nn.Identity()
+        self.features = self.width if last else self.torso.features
 
     def forward(self, frames: Tensor) -> Tensor:
         if self.channels_last_frames:
@@ -100,7 +94,8 @@ class ImageEncoder(nn.Module):
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else self.torso_dtype
         image = image.to(dtype)
-        return self.torso(image if self.pixel_scale == 1 else image.mul_(self.pixel_scale))
+        image = image if self.pixel_scale == 1 else image.mul_(self.pixel_scale)
+        return self.last(self.torso(image))
 
     @property
     def torso_dtype(self) -> torch.dtype:
@@ -110,27 +105,32 @@ class ImageEncoder(nn.Module):
 class VectorEncoder(nn.Module):
     """(N, k, *shape) numbers, flags or one-hot categories -> (N, features) by an MLP."""
 
-    def __init__(self, space: spaces.Space, stack: int, config: ModelConfig):
+    def __init__(self, space: spaces.Space, stack: int, config: ModelConfig, last: bool):
         super().__init__()
-        self.categories = None
-        size = stack * spaces.flatdim(space)
-        if isinstance(space, spaces.Discrete):
-            self.categories, self.start = int(space.n), int(space.start)
-        elif isinstance(space, spaces.MultiDiscrete):
-            size = stack * len(space.nvec.flat)
-        sizes = (size, *config.hidden)
-        layers: list[nn.Module] = []
-        for index, (inputs, outputs) in enumerate(pairwise(sizes)):
-            noisy = config.noisy and index == len(sizes) - 2
-            linear = NoisyLinear if noisy else nn.Linear
-            layers += [scale(linear(inputs, outputs)), ACTIVATIONS[config.activation]()]
-        self.layers = nn.Sequential(*layers)
-        self.features = sizes[-1]
+        self.size = spaces.flatdim(space)
+        self.is_categories = isinstance(space, (spaces.Discrete, spaces.MultiDiscrete))
+        if self.is_categories:  # where the ones of each lie
+            counts = np.ravel(space.n if isinstance(space, spaces.Discrete) else space.nvec)
+            places = np.cumsum(counts) - counts - np.ravel(space.start)
+            self.register_buffer("places", torch.from_numpy(places).long(), persistent=False)
+        sizes = (stack * self.size, *config.hidden)
+        self.width = config.hidden[-1] if config.hidden else 0
+        count = len(config.hidden) - (not last and len(config.hidden) > 1)
+        self.layers = nn.Sequential(*(
+            hidden_layer(
+                *sizes[i : i + 2], config.activation, config.noisy and i == len(config.hidden) - 1
+            )
+            for i in range(count)
+        ))  # fmt: skip
+        self.features = sizes[count]
 
     def forward(self, values: Tensor) -> Tensor:
-        if self.categories is not None:
-            values = nn.functional.one_hot(values.long() - self.start, self.categories)
-        return self.layers(values.flatten(1).to(self.layers[0].weight.dtype))
+        if self.is_categories:
+            index = values.reshape(*values.shape[:2], -1).long() + self.places
+            values = values.new_zeros((*index.shape[:2], self.size), dtype=torch.float32)
+            values = values.scatter_(2, index, 1.0)
+        weight = next(self.parameters(), None)
+        return self.layers(values.flatten(1).to(torch.float32 if weight is None else weight.dtype))
 
 
 def is_image(space: spaces.Space) -> bool:
@@ -138,23 +138,41 @@ def is_image(space: spaces.Space) -> bool:
     return isinstance(space, spaces.Box) and len(space.shape) in (2, 3)
 
 
-def encoder(space: spaces.Space, stack: int, config: ModelConfig) -> nn.Module:
+def has_image(space: spaces.Space) -> bool:
+    """Whether convolutions serve a space or a part of it."""
+    if isinstance(space, (spaces.Dict, spaces.Tuple)):
+        parts = space.spaces.values() if isinstance(space, spaces.Dict) else space.spaces
+        return any(map(has_image, parts))
+    return is_image(space)
+
+
+def has_channels_last(shape: tuple[int, ...]) -> bool:
+    """Whether an image of this shape is (H, W, C): channels are the axis that differs from two
+    equal ones, or else the last where it is shorter than the first."""
+    if len(shape) < 3 or shape[1] == shape[2]:
+        return False
+    return shape[0] == shape[1] or shape[2] < shape[0]
+
+
+def encoder(space: spaces.Space, stack: int, config: ModelConfig, last: bool = True) -> nn.Module:
     """The torso that serves a space: images by convolutions, the rest by an MLP, trees by parts."""
     if isinstance(space, (spaces.Dict, spaces.Tuple)):
-        return TreeEncoder(space, config)
-    return (ImageEncoder if is_image(space) else VectorEncoder)(space, stack, config)
+        return TreeEncoder(space, config, last)
+    return (ImageEncoder if is_image(space) else VectorEncoder)(space, stack, config, last)
 
 
 class TreeEncoder(nn.Module):
     """Dict and Tuple observations: an encoder a part, features side by side."""
 
-    def __init__(self, space: spaces.Dict | spaces.Tuple, config: ModelConfig):
+    def __init__(self, space: spaces.Dict | spaces.Tuple, config: ModelConfig, last: bool):
         super().__init__()
         is_dict = isinstance(space, spaces.Dict)
         parts = space.spaces.items() if is_dict else enumerate(space.spaces)
         self.keys = [key for key, _ in parts]
-        self.parts = nn.ModuleList([encoder(space.spaces[key], 1, config) for key in self.keys])
-        self.features = sum(part.features for part in self.parts)
+        parts = [encoder(space.spaces[key], 1, config, last) for key in self.keys]
+        self.parts = nn.ModuleList(parts)
+        self.features = sum(part.features for part in parts)
+        self.width = sum(part.width for part in parts)
 
     def forward(self, tree) -> Tensor:
         """Leaves are (N, ...) without a stack axis, or trees of such."""
