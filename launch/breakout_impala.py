@@ -36,10 +36,12 @@ config = Config(
     total_env_steps=10_000_000,
 )
 
-# For weak machines: a fifth of the env steps, annealed over them.
+# For weak machines: a fifth of the env steps, annealed over them. With 160 of them in a rollout,
+# not 640, there are 12,500 updates.
 home = replace(
     config,
     algorithm=replace(config.algorithm, learning_rate=Linear(5e-4, 0.0, 2_000_000)),
+    actor=replace(config.actor, envs_per_lane=4),
     total_env_steps=2_000_000,
 )
 

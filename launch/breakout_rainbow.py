@@ -2,7 +2,8 @@
 
     ./run_main.sh rainbow_01 launch/breakout_rainbow.py
 
-Numbers of Hessel et al. 2018; noisy nets explore, after random play until learning starts.
+Numbers of Hessel et al. 2018. Noisy nets explore, after random play until learning starts; there
+they do so from the first step.
 
 Hardware: one GPU and 8 or more cores, 12 GB of memory. Profile home: 2 cores, 4 GB, no GPU.
 Score: no run of the full length was made yet.
@@ -19,6 +20,7 @@ from asyncrl import (
     EvaluationConfig,
     Linear,
     ModelConfig,
+    Piecewise,
     ReplayConfig,
     main,
 )
@@ -26,7 +28,7 @@ from asyncrl import (
 config = Config(
     env=EnvConfig("ALE/Breakout-v5", protocol="classic"),
     model=ModelConfig(frame_stack=4, dueling=True, noisy=True),
-    policy=EpsilonGreedy(Linear(1.0, 0.0, 30_000)),
+    policy=EpsilonGreedy(Piecewise((20_000,), (1.0, 0.0))),
     algorithm=DQNConfig(
         distribution="c51",
         learning_rate=6.25e-5,

@@ -8,12 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from torch import nn
 
 from asyncrl.algorithms import actor_critic as ac
 from asyncrl.algorithms.a2c import A2CConfig, a2c_loss
 from asyncrl.algorithms.distributions import entropy, log_prob
+from asyncrl.algorithms.gradient import GradientStep
 from asyncrl.algorithms.ppo import PPOConfig, ppo_loss, value_loss
+from asyncrl.models import ModelConfig
 from asyncrl.schedules import Linear
 from asyncrl.stores.rollout import Rollout
 from asyncrl.types import Spec
@@ -311,6 +314,31 @@ def test_schedules_follow_env_steps():
         assert norms[1] == pytest.approx(norms[0] / 2)
 
 
+@pytest.mark.parametrize("config", [A2C, PPO], ids=["a2c", "ppo"])
+@pytest.mark.parametrize("normalize_advantage", [True, False])
+def test_with_popart_the_step_does_not_depend_on_the_size_of_rewards(normalize_advantage, config):
+    """Neither the policy's nor the value's, once the statistics fit."""
+    rollout, norms = random_rollout(np.random.default_rng(0)), {}
+    for value_coef in (0.0, 0.5):
+        config = replace(
+            config, normalize_advantage=normalize_advantage, value_coef=value_coef,
+            max_grad_norm=0.0, entropy_coef=0.0, learning_rate=0.0,
+        )  # fmt: skip
+        for size in (1.0, 100.0):
+            torch.manual_seed(0)
+            network = ModelConfig(hidden=(8,), head="actor_critic", normalize_returns=True)
+            model = network(spaces.Box(-np.inf, np.inf, (4,)), spaces.Discrete(A))
+            statistics = model.head.value.statistics
+            statistics.mean.fill_(0.3 * size), statistics.variance.fill_((2 * size) ** 2)
+            statistics.count.fill_(1e6)
+            algorithm = config.build(model, CPU)
+            algorithm.store(make_spec(T, N), 1, 0)
+            given = Given(rollout._replace(reward=size * rollout.reward))
+            norms[value_coef, size] = algorithm.update(given)["loss/grad_norm"]
+        torch.testing.assert_close(norms[value_coef, 1.0], norms[value_coef, 100.0])
+    assert norms[0.0, 1.0] > 1e-3 and norms[0.5, 1.0] != norms[0.0, 1.0]
+
+
 def test_the_clip_of_ppo_follows_env_steps():
     algorithm = built(replace(PPO, clip_ratio=Linear(0.2, 0.0, 100), learning_rate=0.0))
     rollout = random_rollout(np.random.default_rng(0))
@@ -353,6 +381,22 @@ def test_a_loss_that_is_not_finite_changes_nothing(when, bad, config, optimizer)
     for name, tensor in one.model.state_dict().items():  # as if it had never been
         assert torch.equal(tensor, other.model.state_dict()[name])
         assert not torch.equal(tensor, before["model"][name])
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_the_first_steps_of_rmsprop_by_hand(restored):
+    """From moments of 1, so too behind a checkpoint without any; a checkpoint's own are kept."""
+    gradient, weight = torch.tensor([0.0, 0.1, -1.0, 10.0]), nn.Parameter(torch.zeros(4))
+    state = {"count": 0}
+    for moments in ([0.99, 0.9901, 1.0, 1.99], [0.9801, 0.980299, 1.0, 2.9701]):
+        descend = GradientStep(nn.ParameterList([weight]), 0.01, 0.0, 1e-3, "rmsprop")
+        if restored or state["count"]:
+            descend.load_state_dict(state)
+        before = weight.detach().clone()
+        descend((weight * gradient).sum(), 0)
+        want = -0.01 * gradient / (torch.tensor(moments).sqrt() + 1e-3)
+        torch.testing.assert_close(weight.detach() - before, want)
+        state = descend.state_dict()
 
 
 @pytest.mark.parametrize("minibatch_of", ["steps", "sequences"])

@@ -1,16 +1,27 @@
-"""Launch files: each of their profiles can begin, and their recipes have the papers' numbers."""
+"""Launch files: each of their profiles can begin; their recipes stay what they are, which is the
+papers' but for what is said beside each number."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from functools import cache, reduce
 from pathlib import Path
 
 import pytest
 
-from asyncrl import EpsilonGreedy, EpsilonLadder, Exponential, Greedy, Linear, Random, Switch
+from asyncrl import (
+    EpsilonGreedy,
+    EpsilonLadder,
+    Exponential,
+    Greedy,
+    Linear,
+    Piecewise,
+    Random,
+    Switch,
+)
 from asyncrl.config import Config, load_launch_file
 from asyncrl.plan import Plan, prepare
 from asyncrl.types import Spec
@@ -61,44 +72,99 @@ def check(config: Config, numbers: dict) -> None:
         assert reduce(getattr, name.split("."), config) == want, name
 
 
+# Behind each number that of the paper, and why ours differs, if it does. Periods of papers are in
+# frames, four to an env step; ours are in env steps, those of target nets in updates.
 CLASSIC = {"env.id": "ALE/Breakout-v5", "env.protocol": "classic", "model.frame_stack": 4}
+# Rainbow's parts double and 3-step (Hessel et al. 2018).
 DQN = CLASSIC | {
-    "model.dueling": True, "model.torso": "auto", "model.features": 512, "model.lstm": 0,
-    "policy": EpsilonGreedy(Linear(1.0, 0.01, 250_000)),
-    "algorithm.gamma": 0.99, "algorithm.n_step": 3, "algorithm.double": True,
-    "algorithm.huber": True, "algorithm.reward_clip": 1.0, "algorithm.batch_size": 32,
-    "algorithm.learning_rate": 1e-4, "algorithm.adam_eps": 1.5e-4,
-    "algorithm.target_period": 2_000, "algorithm.polyak": 1.0, "algorithm.distribution": "none",
-    "algorithm.replay.capacity": 1_000_000, "algorithm.replay.samples_per_insert": 8,
-    "algorithm.replay.learning_starts": 20_000, "algorithm.replay.priority_exponent": 0,
-    "total_env_steps": 10_000_000,
-}  # fmt: skip
+    "model.dueling": False,  # off, as in DQN
+    "model.torso": "auto",  # Nature's, the same
+    "model.features": 512,  # 512
+    "model.lstm": 0,  # 0
+    "policy": EpsilonGreedy(Linear(1.0, 0.01, 250_000)),  # 62,500: slower, without noisy nets
+    "algorithm.gamma": 0.99,  # 0.99
+    "algorithm.n_step": 3,  # 3
+    "algorithm.double": True,  # the same
+    "algorithm.huber": True,  # the same: errors are clipped
+    "algorithm.reward_clip": 1.0,  # 1
+    "algorithm.batch_size": 32,  # 32
+    "algorithm.learning_rate": 1e-4,  # 6.25e-5: larger for a fifth of the env steps
+    "algorithm.adam_eps": 1.5e-4,  # 1.5e-4
+    "algorithm.max_grad_norm": 10,  # not told; 10 in dueling nets (Wang et al. 2016)
+    "algorithm.target_period": 2_000,  # 2,000
+    "algorithm.polyak": 1.0,  # copied, the same
+    "algorithm.distribution": "none",  # the same
+    "algorithm.replay.capacity": 1_000_000,  # 1,000,000
+    "algorithm.replay.samples_per_insert": 8,  # 8: a batch every 4 env steps
+    "algorithm.replay.learning_starts": 20_000,  # 20,000
+    "algorithm.replay.priority_exponent": 0,  # 0
+    "total_env_steps": 10_000_000,  # 50,000,000: a day's work for one machine
+}
+# Hessel et al. 2018.
 RAINBOW = DQN | {
-    "model.noisy": True, "policy": EpsilonGreedy(Linear(1.0, 0.0, 30_000)),
-    "algorithm.distribution": "c51", "algorithm.num_atoms": 51, "algorithm.value_min": -10,
-    "algorithm.value_max": 10, "algorithm.learning_rate": 6.25e-5,
-    "algorithm.replay.priority_exponent": 0.5,
-    "algorithm.replay.importance_exponent": Linear(0.4, 1.0, 10_000_000),
-}  # fmt: skip
+    "model.dueling": True,  # the same
+    "model.noisy": True,  # the same
+    "policy": EpsilonGreedy(Piecewise((20_000,), (1.0, 0.0))),  # 0: a random start fills the replay
+    "algorithm.distribution": "c51",  # the same
+    "algorithm.num_atoms": 51,  # 51
+    "algorithm.value_min": -10,  # -10
+    "algorithm.value_max": 10,  # 10
+    "algorithm.learning_rate": 6.25e-5,  # 6.25e-5
+    "algorithm.replay.priority_exponent": 0.5,  # 0.5
+    "algorithm.replay.importance_exponent": Linear(0.4, 1.0, 10_000_000),  # over its whole run too
+}
+# Kapturowski et al. 2019. It sums the loss over 80 steps; ours is the mean of 40.
 R2D2 = DQN | {
-    "model.lstm": 512, "policy": EpsilonLadder(0.4, 7.0), "algorithm.gamma": 0.997,
-    "algorithm.n_step": 5, "algorithm.sequence_length": 40, "algorithm.burn_in": 20,
-    "algorithm.loss_on": "all", "algorithm.value_rescaling": True, "algorithm.reward_clip": 0,
-    "algorithm.adam_eps": 1e-3, "algorithm.max_grad_norm": 40, "algorithm.target_period": 500,
-    "algorithm.replay.priority_exponent": 0.9, "algorithm.replay.importance_exponent": 0.6,
-    "algorithm.replay.refresh_states": True, "actor.unroll_length": 20,
-}  # fmt: skip
+    "model.dueling": True,  # the same
+    "model.lstm": 512,  # 512, with the last action and reward, which ours is not told
+    "policy": EpsilonLadder(0.4, 7.0),  # 0.4 and 7, of 256 actors
+    "algorithm.gamma": 0.997,  # 0.997
+    "algorithm.n_step": 5,  # 5
+    "algorithm.sequence_length": 40,  # 80: half, for more updates
+    "algorithm.burn_in": 20,  # 40: half
+    "algorithm.loss_on": "all",  # the same
+    "algorithm.huber": True,  # squared
+    "algorithm.value_rescaling": True,  # the same
+    "algorithm.reward_clip": 0,  # 0
+    "algorithm.batch_size": 32,  # 64: half, for more updates
+    "algorithm.learning_rate": 1e-4,  # 1e-4
+    "algorithm.adam_eps": 1e-3 / 40,  # 1e-3, of a sum
+    "algorithm.max_grad_norm": 40 / 40,  # not told; 40 in SEED RL, of a sum
+    "algorithm.target_period": 500,  # 2,500: fewer updates in all
+    "algorithm.replay.capacity": 1_000_000,  # 4,000,000: memory
+    "algorithm.replay.samples_per_insert": 8,  # about 0.4: env steps are dearer on one machine
+    "algorithm.replay.priority_exponent": 0.9,  # 0.9
+    "algorithm.replay.importance_exponent": 0.6,  # 0.6
+    "algorithm.replay.refresh_states": True,  # states stay as stored
+    "actor.unroll_length": 20,  # sequences begin every 40 env steps
+}
+# Clark et al. 2024 and its authors' code.
 BTR = DQN | {
-    "model.torso": "impala", "model.torso_width": 2, "model.torso_pool": 6,
-    "model.spectral_norm": True, "model.noisy": True,
-    "policy": EpsilonGreedy(Linear(1.0, 0.01, 500_000)), "algorithm.distribution": "iqn",
-    "algorithm.num_tau": 8, "algorithm.num_acting_tau": 32, "algorithm.munchausen": 0.9,
-    "algorithm.munchausen_temperature": 0.03, "algorithm.munchausen_clip": -1,
-    "algorithm.gamma": 0.997, "algorithm.batch_size": 256, "algorithm.adam_eps": 2e-5,
-    "algorithm.target_period": 500, "algorithm.replay.samples_per_insert": 4,
-    "algorithm.replay.learning_starts": 200_000, "algorithm.replay.priority_exponent": 0.2,
-    "algorithm.replay.importance_exponent": 0.45, "total_env_steps": 50_000_000,
-}  # fmt: skip
+    "model.dueling": True,  # the same
+    "model.torso": "impala",  # the same
+    "model.torso_width": 2,  # 2
+    "model.torso_pool": 6,  # 6
+    "model.spectral_norm": True,  # the same
+    "model.noisy": True,  # the same
+    "policy": EpsilonGreedy(Exponential(1.0, 0.01, 0.999, 2_000)),  # so for half of the run, then 0
+    "algorithm.distribution": "iqn",  # the same
+    "algorithm.num_tau": 8,  # 8
+    "algorithm.num_acting_tau": 8,  # 8
+    "algorithm.munchausen": 0.9,  # 0.9
+    "algorithm.munchausen_temperature": 0.03,  # 0.03
+    "algorithm.munchausen_clip": -1,  # -1
+    "algorithm.gamma": 0.997,  # 0.997
+    "algorithm.batch_size": 256,  # 256
+    "algorithm.learning_rate": 1e-4,  # 1e-4
+    "algorithm.adam_eps": 2e-5,  # 0.005 / 256
+    "algorithm.target_period": 500,  # 500
+    "algorithm.replay.capacity": 1_000_000,  # 2 ** 20
+    "algorithm.replay.samples_per_insert": 4,  # 4: a batch every 64 env steps
+    "algorithm.replay.learning_starts": 200_000,  # 200,000
+    "algorithm.replay.priority_exponent": 0.2,  # 0.2
+    "algorithm.replay.importance_exponent": 0.45,  # 0.45
+    "total_env_steps": 50_000_000,  # 50,000,000
+}
 HOME = {"total_env_steps": 1_000_000, "algorithm.replay.capacity": 200_000}
 RECIPES = {
     "breakout_dqn": (DQN, {
@@ -112,11 +178,11 @@ RECIPES = {
     }),
     "breakout_r2d2": (R2D2, {
         "model.features": 256, "model.lstm": 256, "algorithm.batch_size": 8,
-        "algorithm.target_period": 200, "algorithm.replay.samples_per_insert": 2,
+        "algorithm.target_period": 100,
     }),
     "breakout_btr": (BTR, {
-        "model.torso_width": 1, "model.features": 256, "algorithm.num_acting_tau": 8,
-        "policy": EpsilonGreedy(Linear(1.0, 0.01, 100_000)), "algorithm.batch_size": 32,
+        "model.torso_width": 1, "model.features": 256, "algorithm.batch_size": 32,
+        "policy": EpsilonGreedy(Exponential(1.0, 0.01, 0.999, 100)),
         "algorithm.replay.samples_per_insert": 2, "algorithm.replay.learning_starts": 20_000,
     }),
 }  # fmt: skip
@@ -130,6 +196,29 @@ def test_recipes_of_breakout(launch_file):
     env = recipe(launch_file).env.resolved()
     rules = {"frameskip": 4, "noop_max": 30, "repeat_action_probability": 0, "img_height": 84}
     assert rules.items() <= env.atari.items() and env.max_idle_steps == 4_500
+
+
+def test_epsilon_of_btr_falls_as_its_authors_does():
+    """What is above 0.01 falls by a two-millionth of it each env step."""
+    epsilon = recipe("breakout_btr").policy.epsilon
+    for env_steps in (0, 10**6, 2 * 10**6, 5 * 10**6, 10**7, 25 * 10**6):
+        theirs = 0.01 + 0.99 * math.exp(-env_steps / 2e6)
+        assert epsilon.at(env_steps) == pytest.approx(theirs, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "launch_file, updates", [("breakout_r2d2", 24_500), ("breakout_impala", 12_500)]
+)
+def test_updates_that_home_promises(launch_file, updates):
+    config = recipe(launch_file, "home")
+    actor, algorithm = config.actor, config.algorithm
+    if launch_file == "breakout_impala":
+        share = actor.num_lanes * actor.envs_per_lane * actor.unroll_length
+        assert config.total_env_steps / share == updates
+    else:
+        replay = algorithm.replay
+        share = algorithm.batch_size * algorithm.sequence_length / replay.samples_per_insert
+        assert (config.total_env_steps - replay.learning_starts) / share == updates
 
 
 # Frames stacked, LSTM, steps of a sequence.

@@ -186,6 +186,9 @@ def by_the_formulas(config, model: nn.Module, rollout: Rollout) -> list[torch.Te
         optimizer = torch.optim.Adam(parameters, rate, eps=eps)
     else:
         optimizer = torch.optim.RMSprop(parameters, rate, alpha=0.99, eps=eps)
+        for parameter in parameters:
+            moment = {"step": torch.tensor(0.0), "square_avg": torch.ones_like(parameter)}
+            optimizer.state[parameter] = moment
     most = config.reward_clip or torch.inf
     reward, ends = rollout.reward.clamp(-most, most), (rollout.terminated, rollout.truncated)
     scale, valid = getattr(model, "return_scale", 1.0), rollout.valid
@@ -207,6 +210,7 @@ def by_the_formulas(config, model: nn.Module, rollout: Rollout) -> list[torch.Te
         acted = log_prob, rollout.log_prob
         goal, _ = vtrace(*acted, reward, old, *ends, config.gamma, config.lambda_)
         advantage = td_advantage(reward, goal, old, *ends, config.gamma)
+    advantage = advantage / scale
     if config.normalize_advantage:
         counted = advantage[valid]
         advantage = (advantage - counted.mean()) / counted.std(unbiased=False)

@@ -117,13 +117,14 @@ class A2C:
             config.estimator, rollout, value.detach(), current.detach(), config.gamma,
             config.lambda_, config.n_step, config.reward_clip, config.clip_rho,
         )  # fmt: skip
-        advantage = target.advantage
+        scale = ac.return_scale(self.model)
+        advantage = target.advantage / scale
         if config.normalize_advantage:
             advantage = ac.normalize(advantage, valid)
 
         ratio = ac.importance_ratio(current.detach(), rollout.log_prob)
         policy_loss = a2c_loss(current, rollout.log_prob, advantage, valid, config.clip_rho)
-        error = ac.masked(value[:-1] - target.value, valid) / ac.return_scale(self.model)
+        error = ac.masked(value[:-1] - target.value, valid) / scale
         value_loss = 0.5 * ac.mean(error.square(), valid)
         spread = ac.mean(entropy(outputs), valid)
         loss = policy_loss + config.value_coef * value_loss

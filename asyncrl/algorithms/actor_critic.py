@@ -124,7 +124,8 @@ def evaluate(model: nn.Module, rollout: Rollout, rows: int) -> tuple[Tensor, Ten
 
 
 def return_scale(model: nn.Module) -> Tensor | float:
-    """By how much errors of the value are divided: 1 unless the model normalises returns."""
+    """What advantages and errors of the value are divided by (Hessel et al. 2019): 1 unless the
+    model normalises returns."""
     return getattr(model, "return_scale", 1.0)
 
 

@@ -18,6 +18,10 @@ class GradientStep:
 
     The gradient's norm is clipped to `max_grad_norm` (0: as it is). Where it is not finite the step
     is skipped: weights and moments stay as they are. `count` is the number of calls.
+
+    RMSprop's second moments begin at 1, as in TensorFlow and in the RMSpropTFLike that
+    Stable-Baselines3 has for A2C. From torch's 0 each weight's first step would be ten learning
+    rates long, however small its gradient. `eps` is added to the root, as in torch.
     """
 
     def __init__(
@@ -35,6 +39,7 @@ class GradientStep:
             self.optimizer = torch.optim.Adam(self.parameters, lr=rate, eps=eps, fused=True)
         else:
             self.optimizer = torch.optim.RMSprop(self.parameters, lr=rate, alpha=0.99, eps=eps)
+            self._begin_moments()
         self.count = 0
         self.parts = 1  # that batches are learned from in, for want of memory
 
@@ -112,7 +117,16 @@ class GradientStep:
         saved = state.get("moments", {})  # nothing before the first step
         moments = {int(index): moment for index, moment in saved.items()}
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        if isinstance(self.optimizer, torch.optim.RMSprop):
+            self._begin_moments()
         self.count = state["count"]
+
+    def _begin_moments(self) -> None:
+        """RMSprop's, where it has none yet."""
+        for parameter in self.parameters:
+            if not self.optimizer.state[parameter]:
+                begun = {"step": torch.tensor(0.0), "square_avg": torch.ones_like(parameter)}
+                self.optimizer.state[parameter] = begun
 
 
 def check_gradient_settings(learning_rate: Any, max_grad_norm: float, eps: float) -> None:

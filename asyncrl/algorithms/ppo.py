@@ -190,9 +190,9 @@ class PPO:
             config.n_step, config.reward_clip,
         )  # fmt: skip
         ac.renormalize(self.model, target.value, rollout.valid)
+        advantage = target.advantage / ac.return_scale(self.model)
         columns = (
-            rollout.action, rollout.log_prob, rollout.valid, value[:-1], target.advantage,
-            target.value,
+            rollout.action, rollout.log_prob, rollout.valid, value[:-1], advantage, target.value,
         )  # fmt: skip
         if not self.of_sequences:
             columns = tuple(column.flatten(0, 1).unsqueeze(0) for column in columns)
