@@ -158,6 +158,8 @@ class AloneProcess:
 
     def measure(self, seconds: float) -> dict[str, float]:
         self.pipe.send(seconds)
+        if not self.pipe.poll(seconds + 60):
+            raise RuntimeError("the environments alone have not answered for a minute")
         return self.pipe.recv()
 
 

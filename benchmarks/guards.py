@@ -6,7 +6,9 @@
 One actor and the learner are called in turn, as in `serial`. In every second block of env steps
 these are taken away: the checks of actions, observations and rewards and what catches a failing
 environment (guards.py, env_group.py, env_actions.py), the guard of updates and of what is
-published, and all heartbeats. Compared is the CPU time an env step of neighbouring blocks.
+published, the test whether gradients are finite (gradient.py), and all heartbeats. Compared is the
+CPU time an env step of neighbouring blocks. The goal is met where the cost and two of its standard
+errors are 2 % at most; where it is not, a note says whether it is missed or only undecided.
 """
 
 from __future__ import annotations
@@ -20,17 +22,22 @@ from unittest import mock
 import numpy as np
 import torch
 from measure import REPOSITORY, Report, arguments, like_a_run
+from torch import nn
 
 from asyncrl.actor import Actor
+from asyncrl.algorithms.gradient import GradientStep
 from asyncrl.env_actions import Actions
 from asyncrl.env_group import EnvGroup
 from asyncrl.folder import RunFolder
 from asyncrl.guards import GuardedEnvs, UpdateGuard
 from asyncrl.plan import prepare
 from asyncrl.run import Process
+from asyncrl.schedules import value_at
 from asyncrl.supervisor import Supervisor
+from asyncrl.transport.status import Status
 
 LAUNCH = ["launch/cartpole_dqn.py", "launch/cartpole_ppo.py", "launch/breakout_dqn.py"]
+MOST = 2.0  # %
 
 
 def without_guards() -> contextlib.ExitStack:
@@ -42,6 +49,17 @@ def without_guards() -> contextlib.ExitStack:
     def adopt(self, space, obs, name):
         return obs.copy() if self._copies else obs
 
+    never = torch.zeros(())
+
+    def step(self, env_steps):
+        for group in self.optimizer.param_groups:
+            group["lr"] = value_at(self.learning_rate, env_steps)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or float("inf"))
+        self.optimizer.found_inf = None  # what the last guarded step left there
+        self.optimizer.step()
+        self.count += 1
+        return {"loss/grad_norm": norm, "loss/skipped": never}
+
     nothing = lambda *arguments: None  # noqa: E731
     stack = contextlib.ExitStack()
     for owner, name, instead in (
@@ -49,7 +67,7 @@ def without_guards() -> contextlib.ExitStack:
         (GuardedEnvs, "_try", lambda self, call, *arguments: call(*arguments)),
         (UpdateGuard, "update", lambda self, algorithm, store: algorithm.update(store)),
         (UpdateGuard, "settle", nothing), (UpdateGuard, "check", nothing),
-        (Actor, "beat", nothing),
+        (GradientStep, "_step", step), (Actor, "beat", nothing), (Status, "beat", nothing),
     ):  # fmt: skip
         stack.enter_context(mock.patch.object(owner, name, instead))
     return stack
@@ -126,8 +144,12 @@ def main() -> None:
         })  # fmt: skip
     report.table(rows)
     for row in rows:
-        report.goal(f"cost of all guards, {row['launch file']}", row["cost, %"], at_most=2,
-                    unit=" %")  # fmt: skip
+        cost, errors = row["cost, %"], 2 * row["standard error"]
+        what = f"cost of all guards, {row['launch file']}"
+        report.goal(f"{what}, and two standard errors", cost + errors, at_most=MOST, unit=" %")
+        if cost + errors > MOST:
+            verdict = "not met" if cost - errors > MOST else "undecided"
+            report.note(f"{what}: {verdict}, {cost:.1f} +- {errors:.1f} %")
     report.finish()
 
 

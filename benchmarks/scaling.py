@@ -3,10 +3,21 @@
     python benchmarks/scaling.py                                 all sweeps
     python benchmarks/scaling.py --only envs unroll --output scaling.json
 
-Each sweep trains one launch file with one number changed and everything else as it is; a sweep's
-points are measured in turn in each repeat. A cliff is a point that is slower than its neighbour by
-more than a third: it is named. --output also draws the sweeps, into a PNG beside the JSON. Options
-it does not know are those of the launch files.
+Each sweep trains one launch file with one number changed; a sweep's points are measured in turn in
+each repeat, over at least three whole rounds of collecting and learning. What an update learns from
+stays the same, but in the sweep of unrolls:
+
+cores   processors; one actor for every two of them, 16 envs shared out among the actors
+envs    of one actor; unrolls are shortened, so that a rollout is always 1,024 env steps
+actors  16 envs shared out among them
+unroll  its length; a rollout grows with it
+replay  its capacity; the learner alone, in a process that fills the replay with noise before it
+        inserts and updates by the configured ratio: env steps/s without acting, and no lag
+model   two layers of so many units; parameters grow with their square
+
+A point that fails is told in a note and not tried again. The JSON of --output is written after each
+sweep, with the sweeps so far drawn into a PNG beside it. A cliff is a point that is slower than its
+neighbour by more than a third: it is named. Options it does not know are those of the launch files.
 """
 
 from __future__ import annotations
@@ -17,69 +28,124 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
-from measure import Program, Report, arguments, median, train
-from throughput import Tree
+import psutil
+from full_replay import FullReplay
+from measure import REPOSITORY, Program, Report, arguments, like_a_run, median, memory, train
+from throughput import SETTLE_SECONDS, START_SECONDS, Tree, whole_rounds
 
-from asyncrl.logs import read_metrics
+from asyncrl.config import resolve
+from asyncrl.costs import wire
 from asyncrl.plots import BLUE, GREEN, ORANGE, STYLE
 
 CORES = len(os.sched_getaffinity(0))
 PPO, DQN = "launch/breakout_ppo.py", "launch/breakout_dqn.py"
-SETTLE_ROWS = 5  # that are left out, from the first update on
+ROUNDS = 3  # at least, of a measurement
+SLOWEST = 10  # env steps/s; what is slower is given up
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """One number of a launch file and what it is changed to; `cores`: the processors lent."""
+    """One number of a launch file and the options it stands for.
+
+    `cores`: it is the processors lent; `alone`: the learner is measured alone, its replay full.
+    """
 
     launch: str
     options: Callable[[int], dict[str, object]]
     points: tuple[int, ...]
     cores: bool = False
+    alone: bool = False
 
 
-def widths(width: int) -> dict[str, object]:
-    """An MLP of two layers; parameters grow with its square."""
-    return {"model.hidden": f"{width} {width}"}
+def shared_out(actors: int) -> dict[str, object]:
+    """16 envs, in two lanes of each actor."""
+    return {"actor.num-actors": actors, "actor.envs-per-lane": 8 // actors}
 
 
 SWEEPS = {
-    "cores": Sweep(PPO, lambda n: {"actor.num-actors": max(1, n // 2)}, (1, 2, 4, 8, 16), True),
-    "envs": Sweep(PPO, lambda n: {"actor.envs-per-lane": n // 2}, (8, 16, 32, 64, 128, 256, 512)),
-    "actors": Sweep("launch/cartpole_ppo.py", lambda n: {"actor.num-actors": n}, (1, 2, 4, 8)),
+    "cores": Sweep(PPO, lambda n: shared_out(max(1, n // 2)), (1, 2, 4, 8, 16), cores=True),
+    "envs": Sweep(PPO, lambda n: {"actor.envs-per-lane": n // 2, "actor.unroll-length": 1024 // n},
+                  (8, 16, 32, 64, 128, 256, 512)),
+    "actors": Sweep("launch/cartpole_ppo.py", shared_out, (1, 2, 4, 8)),
     "unroll": Sweep("launch/breakout_a2c.py", lambda n: {"actor.unroll-length": n},
                     (5, 8, 16, 32, 64, 128)),
     "replay": Sweep(DQN, lambda n: {"algorithm.replay.capacity": n},
-                    (10_000, 30_000, 100_000, 300_000, 1_000_000)),
-    "model": Sweep("launch/cartpole_dqn.py", widths, (300, 600, 1_000, 2_000, 3_000)),
+                    (10_000, 30_000, 100_000, 300_000, 1_000_000), alone=True),
+    "model": Sweep("launch/cartpole_dqn.py", lambda n: {"model.hidden": f"{n} {n}"},
+                   (300, 600, 1_000, 2_000, 3_000)),
 }  # fmt: skip
-REPLAY = {"algorithm.replay.learning-starts": 2_000}
 
 
-def measure(program: Program, folder: Path, seconds: float) -> dict[str, float]:
-    """Medians over the rows of metrics of some seconds of learning."""
+def measure(program: Program, seconds: float, round_env_steps: int) -> dict[str, float]:
+    """From some seconds after the first update on, over whole rounds."""
     tree = Tree(program.process.pid)
+    patience = START_SECONDS + 5 * seconds + (ROUNDS + 2) * round_env_steps / SLOWEST
     while True:
         tree.sample()
-        rows = [row for row in program.rows() if row["updates"]][SETTLE_ROWS:]
-        if len(rows) > 1 and rows[-1]["time"] - rows[0]["time"] >= seconds:
+        rows = program.rows()
+        first_update = next((row["time"] for row in rows if row["updates"]), np.inf)
+        fresh = whole_rounds(rows, first_update + SETTLE_SECONDS)
+        if len(fresh) > ROUNDS and fresh[-1]["time"] - fresh[0]["time"] >= seconds:
             break
-        if not rows and time.time() - program.begun > 300:
-            raise RuntimeError(f"{program.process.args}: no update in five minutes")
+        if program.process.poll() is not None:
+            raise RuntimeError("the run has ended by itself")
+        if time.time() - program.begun > patience:
+            done = max(len(fresh) - 1, 0)
+            raise RuntimeError(f"{done} of {ROUNDS} rounds of learning in {patience:.0f} s")
         time.sleep(0.5)
-    columns = read_metrics(folder)
-    known = columns["updates"] > 0
-    spent = rows[-1]["time"] - rows[0]["time"]
+    begin, end = fresh[0], fresh[-1]
+    spent = end["time"] - begin["time"]
+    lags = [row["lag/mean"] for row in rows if begin["time"] < row["time"] <= end["time"]]
     return {
-        "env steps/s": (rows[-1]["env_steps"] - rows[0]["env_steps"]) / spent,
-        "updates/s": (rows[-1]["updates"] - rows[0]["updates"]) / spent,
-        "lag": float(np.nanmean(columns["lag/mean"][known])),
+        "env steps/s": (end["env_steps"] - begin["env_steps"]) / spent,
+        "updates/s": (end["updates"] - begin["updates"]) / spent,
+        "lag": float(np.mean(lags)),
         "peak PSS, MB": tree.peak_pss / 1e6,
     }
+
+
+def measure_alone(launch: str, words: list[str], seconds: float) -> dict[str, float]:
+    """A learner in this process, the replay of its launch file filled before."""
+    config = resolve(REPOSITORY / launch, words)
+    spec, model = wire(config)
+    needed = config.algorithm.store_nbytes(model, spec, config.actor.num_lanes)
+    there = psutil.virtual_memory().available
+    if needed > 0.9 * there:
+        raise RuntimeError(f"the replay takes {needed / 1e9:.1f} GB, of {there / 1e9:.1f} GB free")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch("full_replay.resolve", lambda path, _: resolve(path, words)),
+    ):
+        full = FullReplay(Path(folder), launch, save_replay=False)
+        full.fill()
+        algorithm, store = full.learner.algorithm, full.learner.store
+        limiter = store.limiter
+        limiter.starts_at = float(limiter.inserted)  # nothing is owed for what filled it
+
+        def a_round() -> None:
+            full.insert()
+            while store.updates_allowed():
+                algorithm.update(store)
+
+        a_round()
+        begun, env_steps, updates = time.monotonic(), limiter.inserted, algorithm.updates
+        rounds = 0
+        while rounds < ROUNDS or time.monotonic() - begun < seconds:
+            a_round()
+            rounds += 1
+        spent = time.monotonic() - begun
+        return {
+            "env steps/s": (limiter.inserted - env_steps) / spent,
+            "updates/s": (algorithm.updates - updates) / spent,
+            "peak PSS, MB": memory(os.getpid())["Pss"] / 1e6,
+        }
 
 
 def main() -> None:
@@ -87,28 +153,39 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(SWEEPS), default=list(SWEEPS))
     parser.add_argument("--seconds", type=float, default=15, help="of each measurement")
     options, rest = parser.parse_known_args()
+    like_a_run()
     report = Report("scaling", options)
     for name in options.only:
         sweep = SWEEPS[name]
         points = [point for point in sweep.points if not sweep.cores or point <= CORES]
         results: dict[int, list[dict]] = {point: [] for point in points}
+        failed = set()
         for repeat, point in itertools.product(range(options.repeats), points):
-            with tempfile.TemporaryDirectory() as folder:
-                results[point].append(point_of(sweep, point, Path(folder), options.seconds, rest))
-            print(f"{name} {point}, {repeat + 1}: {results[point][-1]}", file=sys.stderr)
+            if point in failed:
+                continue
+            try:
+                results[point].append(point_of(sweep, point, options.seconds, rest))
+            except RuntimeError as error:
+                failed.add(point)
+                print(error, file=sys.stderr)
+                last = str(error).strip().splitlines()[-1]
+                report.note(f"{name} {point:,} failed in repeat {repeat + 1}: {last}")
+            else:
+                print(f"{name} {point}, {repeat + 1}: {results[point][-1]}", file=sys.stderr)
         title = f"{name}, {Path(sweep.launch).stem}"
         rows = [
             {title: f"{point:,}"} | {key: [one[key] for one in found] for key in found[0]}
-            for point, found in results.items()
-        ]
-        report.table(rows)
-        rates = [median(row["env steps/s"]) for row in rows]
-        for (here, rate), (there, other) in itertools.pairwise(zip(points, rates, strict=True)):
+            for point, found in results.items() if found
+        ]  # fmt: skip
+        if rows:
+            report.table(rows)
+        rates = [(row[title], median(row["env steps/s"])) for row in rows]
+        for (here, rate), (there, other) in itertools.pairwise(rates):
             if other < rate / 1.5:
-                report.note(f"a cliff: {name} {there:,} is slower than {here:,}")
-    report.finish()
-    if options.output:
-        draw(report.tables, options.output.with_suffix(".png"))
+                report.note(f"a cliff: {name} {there} is slower than {here}")
+        report.finish()  # so that whatever comes, this sweep is kept
+        if options.output and report.tables:
+            draw(report.tables, options.output.with_suffix(".png"))
 
 
 def draw(tables: list[list[dict]], path: Path) -> None:
@@ -125,9 +202,13 @@ def draw(tables: list[list[dict]], path: Path) -> None:
             title = next(iter(rows[0]))
             points = [int(row[title].replace(",", "")) for row in rows]
             for panel, (quantity, color) in zip(line, quantities.items(), strict=True):
-                values = np.array([row[quantity] for row in rows])  # (points, repeats)
-                panel.plot(points, np.median(values, axis=1), "o-", color=color, markersize=3)
-                panel.fill_between(points, values.min(1), values.max(1), color=color, alpha=0.2)
+                if quantity not in rows[0]:
+                    panel.set_axis_off()
+                    continue
+                values = [row[quantity] for row in rows]  # points may differ in repeats
+                panel.plot(points, [*map(median, values)], "o-", color=color, markersize=3)
+                low, high = [*map(min, values)], [*map(max, values)]
+                panel.fill_between(points, low, high, color=color, alpha=0.2)
                 panel.set_xscale("log")
                 panel.xaxis.set_major_locator(FixedLocator(points))
                 panel.xaxis.set_minor_locator(NullLocator())
@@ -137,23 +218,26 @@ def draw(tables: list[list[dict]], path: Path) -> None:
         figure.savefig(path, dpi=120)
 
 
-def point_of(
-    sweep: Sweep, point: int, folder: Path, seconds: float, rest: list[str]
-) -> dict[str, float]:
-    """Train at one point of a sweep."""
+def point_of(sweep: Sweep, point: int, seconds: float, rest: list[str]) -> dict[str, float]:
+    """Measure one point of a sweep."""
     options = {"total-env-steps": 10**9, "evaluation.period-steps": 0, "learner.log-seconds": 1}
-    options |= REPLAY if "dqn" in sweep.launch else {}
     words = [word for key, value in (options | sweep.options(point)).items()
-             for word in (f"--{key}", *str(value).split())]  # fmt: skip
+             for word in (f"--{key}", *str(value).split())] + rest  # fmt: skip
+    if sweep.alone:  # in a process of its own, for its memory
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            return pool.submit(measure_alone, sweep.launch, words, seconds).result()
+    actor = resolve(REPOSITORY / sweep.launch, words).actor
+    round_env_steps = actor.num_lanes * actor.envs_per_lane * actor.unroll_length
     allowed = os.sched_getaffinity(0)
     if sweep.cores:
         os.sched_setaffinity(0, sorted(allowed)[:point])  # children inherit it
     try:
-        program = train(sweep.launch, "run", folder, *words, *rest)
-        try:
-            return measure(program, folder / "run", seconds)
-        finally:
-            program.stop()
+        with tempfile.TemporaryDirectory() as folder:
+            program = train(sweep.launch, "run", Path(folder), *words)
+            try:
+                return measure(program, seconds, round_env_steps)
+            finally:
+                program.stop()
     finally:
         os.sched_setaffinity(0, allowed)
 

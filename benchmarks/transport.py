@@ -27,6 +27,13 @@ from asyncrl.types import tree_leaves, tree_map
 NUM_BUFFERS = 8  # private unrolls on each side, taken in turn, so that both sides touch real memory
 
 
+def answer(pipe) -> float:
+    """What the other process sends; where it has died the pipe itself would never tell."""
+    if not pipe.poll(60):
+        raise RuntimeError("the other process has not answered for a minute")
+    return pipe.recv()
+
+
 class Bench:
     """A ring in shared memory with private unrolls on both sides."""
 
@@ -94,13 +101,18 @@ class Bench:
         pipe.send((how, count))
         for i in range(count):
             if how == "ring":
-                self.free_bell.wait_for(self.writer.may_begin, lambda: False)
+                self._await_room()
                 self.fill(self.writer.reserve(), self.sources[i % NUM_BUFFERS])
                 self.writer.commit()
                 self.bell.ring()
             else:
                 np.copyto(raw[i % len(raw)], self.raw[i % NUM_BUFFERS])
-        return max(time.perf_counter(), pipe.recv()) - begun
+        return max(time.perf_counter(), answer(pipe)) - begun
+
+    def _await_room(self) -> None:
+        deadline = time.monotonic() + 60
+        if not self.free_bell.wait_for(self.writer.may_begin, lambda: time.monotonic() > deadline):
+            raise RuntimeError("the other process has taken no unroll for a minute")
 
     def hand_over_us(self, count: int) -> list[float]:
         """Microseconds of `count` pairs of reserve and commit."""
@@ -143,7 +155,7 @@ def weights_ms(model, count: int, processes) -> tuple[list[float], list[float]]:
         writer.publish()
         published = 1e3 * (time.perf_counter() - begun)
         ours.send(True)
-        times.append((published, ours.recv()))
+        times.append((published, answer(ours)))
     publish, pull = zip(*times[4:], strict=True)  # the first ones touch new memory
     return list(publish), list(pull)
 

@@ -117,6 +117,11 @@ class Run:
         """How many events of a kind have this text in them."""
         return sum(event.kind == kind and text in event.text for event in self.events())
 
+    def num_saved(self) -> int:
+        """How many checkpoints were saved; one that was not is told of in other words."""
+        texts = [event.text for event in self.events() if event.kind == "checkpoint"]
+        return sum(text.startswith("checkpoint_") for text in texts)
+
     def kill_tree(self) -> None:
         """kill -9 of the parent and everything below it, at once."""
         if self.process.poll() is not None:

@@ -146,7 +146,7 @@ def test_process_1_of_a_container_ends_as_any_other(start, tmp_path, number):
         prefix=("unshare", "-rpf", "--mount-proc"),
         environment={"RECORD": str(tmp_path / "record.bin")},
     )  # fmt: skip
-    run.wait_until(lambda: run.count("checkpoint", "saved"))
+    run.wait_until(lambda: run.num_saved())
     run.children()
     (first,) = psutil.Process(run.process.pid).children()
     first.send_signal(number)

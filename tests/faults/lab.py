@@ -170,7 +170,7 @@ class Lab:
             return row["time"] > begun and row["updates"] > 0
 
         self.until(run, learns, "updates", 60 + 20 * checkpoints)
-        self.until(run, lambda: run.count("checkpoint", "saved") >= checkpoints, "a checkpoint")
+        self.until(run, lambda: run.num_saved() >= checkpoints, "a checkpoint")
         return Memory(run)
 
     def until_env_steps(self, run: Run, more: int = 2_000) -> None:

@@ -271,8 +271,8 @@ def fault_26(lab: Lab, times: int = 3) -> Outcome:
         lab.until(run, lambda: run.count("learner", "resumed at") > round_, "the resume")  # noqa: B023
         expect(memory.version >= version, "the version went back")
         lab.until_env_steps(run)
-        saved = run.count("checkpoint", "saved")  # without one it would be given up
-        lab.until(run, lambda: run.count("checkpoint", "saved") > saved, "a checkpoint")  # noqa: B023
+        saved = run.num_saved()  # without one it would be given up
+        lab.until(run, lambda: run.num_saved() > saved, "a checkpoint")  # noqa: B023
     lab.stop(run)
     for lane in range(4):
         _, unrolls = read_records(lab.record, run.folder)

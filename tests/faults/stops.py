@@ -104,7 +104,7 @@ def fault_17(lab: Lab) -> Outcome:
     run = lab.start("--learner.tensorboard", True, tmpfs_nbytes=32 << 20 if small else 0)
     memory = lab.until_learning(run, checkpoints=1)
     learner, heads = run.find("learner 0"), memory.heads(0)
-    saved, steps = run.count("checkpoint", " saved"), run.metrics()[-1]["env_steps"]
+    steps = run.metrics()[-1]["env_steps"]
     limits = learner.rlimit(resource.RLIMIT_FSIZE)
     filler = run.folder.parent / "filler"
     if small:
@@ -117,12 +117,13 @@ def fault_17(lab: Lab) -> Outcome:
     time.sleep(3 if lab.quick else 7)  # checkpoints are every two seconds
     lab.until(run, lambda: min(memory.heads(0)) > max(heads) + 20, "training without a disk")
     left = list((run.folder / "checkpoints").glob(".*"))
+    saved = run.num_saved()
     if small:
         filler.unlink()
     else:
         learner.rlimit(resource.RLIMIT_FSIZE, limits)
     at = time.monotonic()
-    lab.until(run, lambda: run.count("checkpoint", " saved") > saved, "a checkpoint again")
+    lab.until(run, lambda: run.num_saved() > saved, "a checkpoint again")
     outcome.recovery_seconds.append(time.monotonic() - at)
     expect(not left, f"temporary files were left: {left}")
     lab.until(run, lambda: run.count("checkpoint", "not saved"), "being told of it")
@@ -143,15 +144,15 @@ def fault_18(lab: Lab) -> Outcome:
     folder.rename(lab.folder / "aside")
     folder.write_text("in the way")
     lab.until(run, lambda: run.count("checkpoint", "not saved"), "a refused checkpoint")
-    saved = run.count("checkpoint", " saved")
+    saved = run.num_saved()
     folder.unlink()
     (lab.folder / "aside").rename(folder)
     at = time.monotonic()
-    lab.until(run, lambda: run.count("checkpoint", " saved") > saved, "a checkpoint again")
+    lab.until(run, lambda: run.num_saved() > saved, "a checkpoint again")
     outcome.recovery_seconds.append(time.monotonic() - at)
     run.folder.rename(lab.folder / "gone")
     at = time.monotonic()
-    lab.until(run, lambda: run.count("checkpoint", " saved"), "a folder again")
+    lab.until(run, lambda: run.num_saved(), "a folder again")
     outcome.recovery_seconds.append(time.monotonic() - at)
     lab.until(run, lambda: run.metrics(), "metrics")
     lab.until_env_steps(run)
