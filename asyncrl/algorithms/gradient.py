@@ -99,8 +99,9 @@ class GradientStep:
             group["lr"] = value_at(self.learning_rate, env_steps)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or float("inf"))
         skipped = (~torch.isfinite(norm)).float()
-        if isinstance(self.optimizer, torch.optim.Adam):
-            # Fused, it leaves everything as it is where this is 1, without asking the device.
+        if isinstance(self.optimizer, torch.optim.Adam) and norm.is_cuda:
+            # Fused, it leaves everything as it is where this is 1, without asking the device. On a
+            # CPU asking is for free, and this costs an operation more for each parameter.
             self.optimizer.found_inf = skipped
             self.optimizer.step()
         elif not skipped:
