@@ -180,7 +180,7 @@ class RunFolder:
                     f"expected run {self.folder.name} to be new, but another process has begun it "
                     "meanwhile; start it again to resume it, or choose another run id"
                 )
-        config = {"config": plan.config, "versions": versions(), "git": _git_revision()}
+        config = {"config": plan.config, "versions": versions(), "git": git_revision()}
         config["launch"] = self.launch
         files = {"plan.json": vars(plan), "config.json": config, "launch.json": self.launch}
         self.files = {"launch.py": self.source}
@@ -335,7 +335,8 @@ def _has_ended(child: subprocess.Popen, launch_file: Path) -> bool:
         os.close(pidfd)
 
 
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
+    """Of the source that runs here; None where nobody knows."""
     if given := os.environ.get("ASYNCRL_GIT"):  # a docker image has no git
         return given
     with contextlib.suppress(OSError, subprocess.SubprocessError):

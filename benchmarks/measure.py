@@ -73,7 +73,10 @@ class Report:
 
     def __init__(self, name: str, options: argparse.Namespace):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it started is ended
+        from asyncrl.folder import git_revision
+
         self.name, self.options, self.hardware = name, options, hardware()
+        self.revision = git_revision()  # as it begins: the tree may move on
         self.tables: list[dict] = []
         self.goals: list[dict] = []
         self.notes: list[str] = []
@@ -110,8 +113,8 @@ class Report:
         )
         if self.options.output:
             data = {"benchmark": self.name, "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-                    "command": " ".join(sys.argv), "hardware": h, "tables": self.tables,
-                    "goals": self.goals, "notes": self.notes}  # fmt: skip
+                    "command": " ".join(sys.argv), "revision": self.revision, "hardware": h,
+                    "tables": self.tables, "goals": self.goals, "notes": self.notes}  # fmt: skip
             self.options.output.parent.mkdir(parents=True, exist_ok=True)
             self.options.output.write_text(json.dumps(data, indent=1) + "\n")
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from asyncrl import cli, folder, memory, supervisor
-from asyncrl.folder import Refused, RunFolder, _git_revision
+from asyncrl.folder import Refused, RunFolder, git_revision
 from asyncrl.plan import Plan, prepare
 from tests.runs import REPOSITORY
 
@@ -550,8 +550,8 @@ def test_for_real(runs, launch_file):
 
 
 def test_an_image_without_git_is_told_the_revision(monkeypatch):
-    own = _git_revision()
+    own = git_revision()
     monkeypatch.setenv("ASYNCRL_GIT", "v1-dirty")
-    assert _git_revision() == "v1-dirty"
+    assert git_revision() == "v1-dirty"
     monkeypatch.setenv("ASYNCRL_GIT", "")  # as compose passes what is not set
-    assert _git_revision() == own
+    assert git_revision() == own
