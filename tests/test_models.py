@@ -210,8 +210,14 @@ def weights_of(space: spaces.Space, **options) -> list[tuple[int, ...]]:
 def test_each_stream_has_the_last_hidden_layer_for_itself(options, expected):
     image = spaces.Box(0, 255, (8, 9), np.uint8)  # 16 channels of one 3 x 3 convolution
     assert weights_of(image, **options) == expected
-    parts = weights_of(spaces.Dict({"a": image, "b": spaces.Box(0, 1, (3,))}), **options)
-    assert sum(rows * columns for rows, columns in parts) > 0
+
+
+def test_streams_of_several_parts_have_one_layer_behind_all_of_them():
+    image, vector = spaces.Box(0, 255, (8, 9), np.uint8), spaces.Box(0, 1, (3,))
+    space = spaces.Dict({"a": image, "b": vector})
+    assert weights_of(space) == [(32, 1152), (16, 3), (8, 16), (5, 40)]
+    together = (40, 1152 + 16)
+    assert weights_of(space, dueling=True) == [(16, 3), together, (5, 40), together, (1, 40)]
 
 
 def test_streams_of_an_mlp_have_its_last_layer_each():

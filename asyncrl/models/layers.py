@@ -56,8 +56,9 @@ class Stream(nn.Module):
     def __init__(self, config: StreamConfig, outputs: int, gain: float):
         super().__init__()
         inputs, width, noisy = config.features, config.hidden, config.noisy
-        layer = hidden_layer(inputs, width, config.activation, noisy) if width else nn.Identity()
-        self.hidden = layer
+        self.hidden = nn.Identity()
+        if width:
+            self.hidden = hidden_layer(inputs, width, config.activation, noisy)
         self.last = scale(linear(width or inputs, outputs, noisy), gain)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -79,9 +79,10 @@ class ImageEncoder(nn.Module):
         options = {name.removeprefix("torso_"): getattr(config, name) for name in names}
         self.torso = IMAGE_TORSOS[kind](channels * stack, height, width, **options)
         self.width = config.features
-        layer = hidden_layer(self.torso.features, self.width, "relu", config.noisy)
-        self.last = layer if last else nn.Identity()
-        self.features = self.width if last else self.torso.features
+        self.features, self.last = self.torso.features, nn.Identity()
+        if last:
+            self.last = hidden_layer(self.features, self.width, "relu", config.noisy)
+            self.features = self.width
 
     def forward(self, frames: Tensor) -> Tensor:
         if self.channels_last_frames:
