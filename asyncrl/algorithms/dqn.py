@@ -65,6 +65,8 @@ class DQN:
         self.model = model.to(device)
         self.target = deepcopy(self.model).requires_grad_(False)
         self.average = get_ema_multi_avg_fn(1 - config.polyak)
+        self.target_parameters = list(self.target.parameters())
+        self.buffers = list(zip(self.target.buffers(), self.model.buffers(), strict=True))
         self.descend = GradientStep(
             self.model, config.learning_rate, config.max_grad_norm, config.adam_eps
         )
@@ -216,8 +218,8 @@ class DQN:
     @torch.no_grad()
     def _move_target(self) -> None:
         """Parameters go the share `polyak` of the way to the online net's; buffers are copied."""
-        self.average(list(self.target.parameters()), self.descend.parameters, None)
-        for buffer, online in zip(self.target.buffers(), self.model.buffers(), strict=True):
+        self.average(self.target_parameters, self.descend.parameters, None)
+        for buffer, online in self.buffers:
             buffer.copy_(online)
 
     def state_dict(self) -> dict:

@@ -253,20 +253,19 @@ class Replay:
     def _gather(self, index: Index, weight: Tensor) -> Sample:
         """Read the drawn rows, their windows and both stacks."""
         lane, row, env = index
-        running = torch.ones_like(env, dtype=torch.bool)
-        steps = torch.zeros_like(env)
-        rewards, terminated = [], torch.zeros_like(running)
-        for step in range(self.n_step):
-            at = self.circle.flat(lane, row + step)
-            rewards.append(torch.where(running, self.reward[at, env], 0.0))
-            steps = steps + running
-            terminated = terminated | (running & self.terminated[at, env])
-            running = running & ~(self.terminated[at, env] | self.truncated[at, env])
+        window = torch.arange(self.n_step, device=self.device).unsqueeze(1)
+        at = self.circle.flat(lane, row + window), env.expand(self.n_step, -1)
+        terminated = self.terminated[at]
+        ends = terminated | self.truncated[at]
+        running = ends.cumsum(0) == ends  # no step before it has ended
+        steps = running.sum(0)
+        rewards = torch.where(running, self.reward[at], 0.0)
+        terminated = (terminated & running).any(0)
         obs, first, state = self.observe(lane, row, env)
         next_obs, next_first, next_state = self.observe(lane, row + steps, env)
         return Sample(
-            obs, first, state, self.action[self.circle.flat(lane, row), env], torch.stack(rewards),
-            steps, terminated, next_obs, next_first, next_state, weight, index,
+            obs, first, state, self.action[at[0][0], env], rewards, steps, terminated,
+            next_obs, next_first, next_state, weight, index,
         )  # fmt: skip
 
     def _stack(self, lane: Any, row: Tensor, env: Tensor) -> list[Tensor]:
