@@ -335,16 +335,35 @@ def test_first_cuts_the_memory_and_nothing_else_does():
     assert flows[5:, 1].all() and not flows[:5, 1].any()
 
 
-def test_the_lstm_is_called_once_for_each_stretch_without_a_cut():
+def test_the_lstm_is_called_once_for_each_long_stretch_without_a_cut():
     core, calls = LSTM(5, 4), []
     core.lstm.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
-    features, first = torch.randn(20, 3, 5), torch.zeros(20, 3, dtype=torch.bool)
+    features, first = torch.randn(40, 3, 5), torch.zeros(40, 3, dtype=torch.bool)
     core(features, first, core.initial_state(3))
-    assert calls == [20]
+    assert calls == [40]
     calls.clear()
-    first[0], first[7, 1], first[7, 2], first[19, 0] = True, True, True, True
+    first[0], first[17, 1], first[17, 2], first[39, 0] = True, True, True, True
     core(features, first, core.initial_state(3))
-    assert calls == [7, 12, 1]
+    assert calls == [17, 22, 1]
+
+
+def test_short_stretches_of_an_lstm_row_by_row_are_the_calls_of_torchs():
+    T, B, H, rows = 30, 3, 6, [4, 11, 30]
+    torch.manual_seed(0)
+    core, calls, found = LSTM(5, H), [], []
+    core.lstm.register_forward_pre_hook(lambda *_: calls.append(1))
+    torch.nn.init.normal_(core.lstm.bias_hh_l0)  # both biases count
+    features, first = torch.randn(T, B, 5), random_first(T, B)
+    state = {name: torch.randn(B, H) for name in "hc"}
+    for core.LONG in (0, T + 1):
+        output, states = core.states(features, first, state, rows)
+        loss = output.square().sum() + sum(part.sum() for one in states for part in one.values())
+        found.append([output, *torch.autograd.grad(loss, core.parameters())])
+        found[-1] += [one[name] for one in states for name in "hc"]
+        assert len(calls) > 10
+    assert len(calls) < T
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("frame_stack", [1, 2])
