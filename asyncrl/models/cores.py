@@ -64,8 +64,8 @@ class FrameStack(nn.Module):
 class LSTM(nn.Module):
     """An LSTM (Hochreiter and Schmidhuber 1997); the state is its "h" and "c", float32 (B, size).
 
-    T rows at once are T rows one by one: an unroll is cut at the rows in which any environment opens
-    an episode, and each stretch is one call. On a CPU, where such a call has to lay out the weights
+    T rows at once are T rows one by one: an unroll is cut at the rows in which any environment
+    opens an episode, and each stretch is one call. On a CPU, where a call has to lay out the weights
     anew, short stretches (and the single rows of an actor) are computed row by row instead.
     """
 
@@ -98,7 +98,7 @@ class LSTM(nn.Module):
         T, memory = len(first), (state["h"], state["c"])
         opens = set(first.any(1).nonzero().flatten().tolist())
         cuts = sorted({0, *opens, *rows, T})
-        if features.is_cuda or T >= self.LONG * (len(cuts) - 1):
+        if features.is_cuda or self.LONG * (len(cuts) - 1) <= T:
             stretch, features = self._call, [features[a:b] for a, b in pairwise(cuts)]
         else:
             lstm, stretch, cuts = self.lstm, self._row, range(T + 1)
