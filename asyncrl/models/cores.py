@@ -65,7 +65,7 @@ class LSTM(nn.Module):
     """An LSTM (Hochreiter and Schmidhuber 1997); the state is its "h" and "c", float32 (B, size).
 
     T rows at once are T rows one by one: an unroll is cut at the rows in which any environment
-    opens an episode, and each stretch is one call. On a CPU, where a call has to lay out the weights
+    opens an episode, and each stretch is one call. On a CPU, where each call lays out the weights
     anew, short stretches (and the single rows of an actor) are computed row by row instead.
     """
 
