@@ -25,6 +25,8 @@ from asyncrl.transport.ring import Ring, UnrollWriter, Word
 from asyncrl.transport.weights import WeightsReader
 from asyncrl.types import Field, Unroll, tree_map
 
+FIRST_STEP_NANOSECONDS = 110_000_000_000  # beside the time that every step has
+
 
 def context_fields(num_policies: int) -> dict[str, Field]:
     """What travels beside the weights."""
@@ -120,6 +122,7 @@ class Actor:
         self.noisy = noisy_layers(self.model)
         self.policy, self.seed, self.generation = policy, seed, generation
         self.lanes = [LaneState(lane, ring, make_envs) for lane, ring in rings.items()]
+        self.fresh: set[int] = set()  # lanes whose environments have not made their first step
         self.words = [lane.ring.words for lane in self.lanes]
         self._mark = time.monotonic_ns()
 
@@ -143,7 +146,8 @@ class Actor:
         self._spend(Word.TIME_PULL)
         for lane in lanes:
             if lane.envs is None or lane.generation != self.generation + self.epoch:
-                self.beat(grace_seconds=110)  # environments may take their time to be made
+                self.fresh.add(lane.index)
+                self.beat()
                 lane.restart(
                     self.seed, self.generation + self.epoch, self.model, self.policy, self.device
                 )
@@ -156,7 +160,6 @@ class Actor:
                 if t > 0:
                     self._finish(lane, unroll, t - 1)
                 self._act(lane, unroll, t)
-            self.beat()
         for lane, unroll in zip(lanes, unrolls, strict=True):
             self._finish(lane, unroll, T - 1)
             lane.writer.commit()
@@ -236,12 +239,15 @@ class Actor:
         unroll.log_prob[t] = log_prob
         unroll.policy[t] = lane.policy_state.choice
         self._spend(Word.TIME_INFERENCE)
+        self.beat()
         lane.envs.send(unroll.action[t])
         self._spend(Word.TIME_ENV)
 
     def _finish(self, lane: LaneState, unroll: Unroll, t: int) -> None:
         """Write what the actions of row t caused, and the observation of row t+1."""
         step = lane.envs.recv()
+        self.fresh.discard(lane.index)
+        self.beat()
         self._spend(Word.TIME_ENV)
         unroll.reward[t] = step.reward
         unroll.terminated[t] = step.terminated
@@ -256,9 +262,10 @@ class Actor:
 
     # -- what the learner can see ----------------------------------------------------------------
 
-    def beat(self, grace_seconds: float = 0) -> None:
-        """Say that this actor is alive, and will be for some time without saying so."""
-        now = time.monotonic_ns() + int(grace_seconds * 1e9)
+    def beat(self) -> None:
+        """Say that this actor is alive, and will be for some time without saying so while
+        environments are made and make their first step."""
+        now = time.monotonic_ns() + bool(self.fresh) * FIRST_STEP_NANOSECONDS
         for words in self.words:
             words[Word.BEAT] = now
 

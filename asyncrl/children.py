@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import psutil
 
@@ -76,6 +76,7 @@ class Child:
     started: float = 0.0
     generation: int = -1  # grows with each start
     deaths: list[float] = field(default_factory=list)  # since it last did its work
+    excused: float = 0.0  # what silence before this means is not its fault
     work_at_start: int = 0
     restart_at: float | None = None
     refused: int = 0  # starts in a row that the system did not allow
@@ -86,6 +87,11 @@ class Child:
     @property
     def name(self) -> str:
         return f"{self.role} {self.index}" if self.role == "actor" else self.role
+
+    @property
+    def learns(self) -> bool:
+        """Whether the run ends with it."""
+        return self.role in ("learner", "serial")
 
     def cpu_seconds(self) -> float:
         """Processor time it has had."""
@@ -102,7 +108,7 @@ class Child:
         """
         if beat != self.last_beat:
             self.last_beat, self.cpu_seconds_at_beat = beat, self.cpu_seconds()
-        silent = time.monotonic() - max(beat, self.started)
+        silent = time.monotonic() - max(beat, self.started, self.excused)
         limit = limit if beat > self.started else max(start_limit, limit)
         if silent < limit:
             return 0.0
@@ -127,6 +133,15 @@ def children_of(plan: Plan) -> list[Child]:
     if plan.evaluates:
         roles.append(("evaluator", 0))
     return [Child(role, index) for role, index in roles]
+
+
+def open_log(path: Path) -> BinaryIO:
+    """Where a child's output goes; nowhere, if there is no place for it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "wb")
+    except OSError:
+        return open(os.devnull, "wb")
 
 
 def last_words(log: Path) -> str:

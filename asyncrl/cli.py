@@ -194,11 +194,11 @@ def _train(options, rest: list[str]) -> int:
         options.parser.error(f"expected {missing} before any options; see asyncrl train --help")
     if wants_help:
         options.run_id = "RUN_ID"  # told by the launch file's config; no run is looked at
-    from asyncrl.panel import Panel
+    from asyncrl.screen import Screen
     from asyncrl.supervisor import train
 
     _check_run_id(options.run_id)
-    return train(options.launch_file, options.run_id, rest, runs_folder(), Panel)
+    return train(options.launch_file, options.run_id, rest, runs_folder(), Screen)
 
 
 def _eval(options, rest: list[str]) -> int:
@@ -334,21 +334,25 @@ def _plot(options, rest: list[str]) -> int:
 def _watch(options, rest: list[str]) -> int:
     import time
 
-    if options.health:
-        from asyncrl.health import look
+    from asyncrl.health import look
 
-        well, words = look(find_run(options.run))
+    folder = find_run(options.run)
+    if options.health:
+        well, words = look(folder)
         print(words)
         return 0 if well else 1
     from asyncrl.panel import Panel
 
-    with Panel(find_run(options.run)) as panel:
+    with Panel(folder) as panel:
         try:
-            while True:
-                panel.refresh()
+            panel.refresh()
+            while not panel.life.ended:
                 time.sleep(1)
+                panel.refresh()
         except KeyboardInterrupt:
             return 0
+    print(f"{folder.name} {look(folder).words}")
+    return 0
 
 
 def _bench(options, rest: list[str]) -> int:

@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,12 +29,33 @@ STACK_SECONDS = 2.0  # for the stacks of what is given up
 class Refused(Exception):
     """The run cannot begin: one clear message, exit status 2, nothing half made."""
 
+    status = EXIT_REFUSED
+
+
+class Finished(Refused):
+    """Nothing is left to do for it."""
+
+    status = 0
+
 
 def say(*lines: str) -> None:
-    """Tell the user, where somebody listens."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in lines:
-            print(f"asyncrl: {line}", file=sys.stderr, flush=True)
+    """Tell the user on standard error, where somebody listens; a second is enough for that."""
+    text = "".join(f"asyncrl: {line}\n" for line in lines)
+
+    def write() -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            try:
+                fd = sys.stderr.fileno()
+            except (OSError, ValueError):  # no file is behind it
+                sys.stderr.write(text)
+                return
+            data = text.encode(errors="backslashreplace")
+            while data:  # not by `sys.stderr`, whose lock the interpreter wants before it ends
+                data = data[os.write(fd, data) :]
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    writer.join(1.0)
 
 
 class RunFolder:
@@ -167,7 +189,19 @@ class RunFolder:
                     *(f"    {line}" for line in changed),
                     "resume it without these changes, or begin a run with another id",
                 )
+            self._refuse_if_finished(plan.total_env_steps)
         return plan
+
+    def _refuse_if_finished(self, total: int) -> None:
+        from asyncrl.checkpoint import Checkpoints
+
+        if newest_checkpoint(self.folder) >= total:
+            valid = Checkpoints(self.folder / "checkpoints").newest_valid()
+            if valid and valid.number >= total:
+                raise Finished(
+                    f"run {self.folder.name} is finished: {valid.number:,} of {total:,} env steps; "
+                    "to go on, start it again with a larger --total-env-steps"
+                )
 
     def begin(self, plan: Plan) -> None:
         """Make the run folder say what is being run."""
@@ -201,6 +235,12 @@ class RunFolder:
 
 def has_begun(folder: Path) -> bool:
     return any(os.path.lexists(folder / name) for name in BEGUN)
+
+
+def newest_checkpoint(folder: Path) -> int:
+    """The env steps of the newest checkpoint in a run's folder, -1 where there is none."""
+    saved = (folder / "checkpoints").glob("checkpoint_" + 12 * "[0-9]")
+    return max((int(path.name[-12:]) for path in saved), default=-1)
 
 
 def holder(folder: Path) -> str | None:

@@ -32,6 +32,10 @@ class Life:
         self.phase: Event | None = None
         self.checkpoint: Event | None = None
 
+    @property
+    def ended(self) -> bool:
+        return self.phase is not None and self.phase.kind == "end"
+
     def take(self, events: Iterable[Event]) -> None:
         for event in events:
             if event.kind in ("start", "end"):
@@ -45,7 +49,7 @@ def health(
 ) -> Health:
     """How a run is by its last row of metrics and its events, at a time in unix seconds; `held`:
     whether a process has it locked, `log_seconds`: between two rows."""
-    if life.phase and life.phase.kind == "end":
+    if life.ended:
         status = life.phase.fields.get("status", "?")
         return Health(False, f"ended with status {status}, {_ago(now - life.phase.time)}")
     begun = life.phase.time if life.phase else -1e18

@@ -24,8 +24,8 @@ from asyncrl.disk import CheckpointError
 from asyncrl.guards import OutOfMemory, UpdateGuard
 from asyncrl.learner_config import LearnerConfig
 from asyncrl.logs import EventLog, RunLog
-from asyncrl.replay_stream import ReplayStream
-from asyncrl.resume import load_newest, say_what_is_cut
+from asyncrl.replay_stream import ReplayStream, Stopped
+from asyncrl.resume import load_newest, say_what_is_cut, say_what_is_missing
 from asyncrl.state import flatten, unflatten
 from asyncrl.throttle import Throttle
 from asyncrl.transport.ring import Ring, UnrollReader, Word
@@ -89,6 +89,7 @@ class Learner:
         self.metrics: dict[str, Tensor] = {}
         self.lags = metrics.Lags()
         self.whole = True  # nothing cut `learn` short
+        self.stopped = False  # before all of the checkpoint was read
         self.saved = 0, 0  # env steps and updates in the newest checkpoint
         self.rebuilt_before = 0  # environments made anew, in earlier starts of this run
 
@@ -97,14 +98,20 @@ class Learner:
     def start(self, resume: bool) -> bool:
         """Resume from the newest checkpoint if asked to and there ever was one, then publish.
 
-        Returns whether it resumed.
+        Returns whether it resumed. Where it is `stopped` meanwhile, nothing is left to do.
         """
         self.checkpoints.clean()
-        resumed = load_newest(self.checkpoints, self._load, self.events) if resume else None
+        try:
+            resumed = load_newest(self.checkpoints, self._load, self.events) if resume else None
+        except Stopped:
+            self.stopped = True
+            self.events.event("learner", "stopped while it read its replay: nothing is to be saved")
+            return True
         if resumed is None:
             say_what_is_cut(self.folder, self.events)
         self.stream.begin(resumed.segments if resumed else [])
         self.log = RunLog(self.folder, self.positions, self.config.tensorboard)
+        say_what_is_missing(self.log, self.positions, self.events)
         now = time.monotonic()
         self.started = self.last_checkpoint = self.last_log = now
         self.saved = self.env_steps, self.updates
@@ -154,7 +161,7 @@ class Learner:
         return self.algorithm.updates
 
     def done(self) -> bool:
-        return self.env_steps >= self.total_env_steps
+        return self.stopped or self.env_steps >= self.total_env_steps
 
     def drain(self) -> int:
         """Take every committed unroll into the store; returns how many there were."""
@@ -294,8 +301,11 @@ class Learner:
 
     def finish(self) -> None:
         """The last row of metrics and, where no turn must be kept, the last checkpoint."""
+        if self.stopped:
+            return
         self.write_metrics()
-        if not self.turn_based or (self.done() and self.whole):
+        new = self.saved != (self.env_steps, self.updates)  # else a finished run was begun again
+        if not self.turn_based or (self.done() and self.whole and new):
             self.epoch += self.turn_based  # a longer run will make its environments anew here
             self.save(final=True)
         self.stream.writer.close()
@@ -329,6 +339,7 @@ class Learner:
             }
             try:
                 segments = self.stream.flush()
+                self.log.sync()
                 path = self.checkpoints.save(self.env_steps, tensors, counters, segments)
                 self.stream.forget()
             except CheckpointError as error:

@@ -78,6 +78,7 @@ class ActorShares:
         """Fractions of the wall time since the last call (or construction), by share."""
         now, spent = time.monotonic_ns(), self._nanoseconds()
         fractions = (spent - self._spent).mean(0) / max(now - self._mark, 1)
+        fractions /= max(fractions.sum(), 1.0)  # what began before the last call was booked since
         self._mark, self._spent = now, spent
         return dict(zip(ACTOR_SHARES, fractions.tolist(), strict=True))
 

@@ -78,7 +78,7 @@ class Panel:
         self.run_id, self.total_env_steps = Path(run_folder).resolve().name, total_env_steps
         self._metrics = Tail(Path(run_folder) / "metrics.jsonl")
         self._event_log = Tail(Path(run_folder) / "events.log")
-        self._start_time, self._plain_time, self._unshown = time.time(), -math.inf, False
+        self._start_time, self._plain_time = time.time(), -math.inf
         self.events: deque[Event] = deque(maxlen=20)
         self.life = Life()
         self._forget()
@@ -87,10 +87,13 @@ class Panel:
         if self._stream is not None and self._stream.isatty():
             console = Console(file=self._stream)
             if not console.is_dumb_terminal:
-                self._live = Live(console=console, auto_refresh=False, vertical_overflow="crop")
+                self._live = Live(
+                    console=console, auto_refresh=False, vertical_overflow="crop",
+                    redirect_stdout=False, redirect_stderr=False,
+                )  # fmt: skip
 
     def _forget(self) -> None:
-        self.row: dict = {}
+        self.row, self._unshown = {}, False
         self.evaluation: tuple[float, float] | None = None  # (env_steps, return)
         self.returns: list[float] = []
         self._progress: deque[tuple[float, float]] = deque(maxlen=30)  # (elapsed s, env steps)

@@ -15,6 +15,10 @@ from asyncrl.segments import SegmentWriter, read_segments
 from asyncrl.types import Layout, Unroll
 
 
+class Stopped(Exception):
+    """The run is to stop, and the replay was not read to its end."""
+
+
 class ReplayStream:
     """Of `store`'s unrolls, in `folder`; does nothing where not `enabled`."""
 
@@ -25,15 +29,16 @@ class ReplayStream:
         self.folder, self.store, self.layout = folder, store, layout
         self.checkpoints, self.events, self.enabled = checkpoints, events, enabled
 
-    def restore(self, segments: list[dict], beat: Callable[[], object]) -> None:
+    def restore(self, segments: list[dict], beat: Callable[[], bool]) -> None:
         """Insert the unrolls of a checkpoint's segments again. CheckpointError if they are damaged,
-        with some of them inserted."""
+        Stopped as soon as `beat` says so, each with some of them inserted."""
         if not self.enabled:
             return
         for index, (record, base, _) in enumerate(
             read_segments(self.folder, segments, self.layout.nbytes)
         ):
-            beat()
+            if beat():
+                raise Stopped
             if index == 0:
                 self.store.restart_at(base)
             unroll: Unroll = self.layout.views(bytearray(record))

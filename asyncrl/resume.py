@@ -6,6 +6,7 @@ What was saved is never begun anew unasked: where none of it can be used, that i
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 
 from asyncrl.checkpoint import Checkpoints, Loaded
 from asyncrl.disk import CheckpointError
-from asyncrl.logs import EventLog, read_episodes, read_events, read_metrics
+from asyncrl.logs import EventLog, RunLog, read_episodes, read_events, read_metrics
 
 REMEDY = "put one back, or begin a run with another id"
 
@@ -59,6 +60,14 @@ def say_what_is_cut(folder: Path, events: EventLog) -> None:
     if rows or episodes:
         text = f"no checkpoint was saved yet: {rows} rows of metrics.jsonl and {episodes} episodes"
         events.event("learner", f"{text} of the start before are cut")
+
+
+def say_what_is_missing(log: RunLog, positions: dict[str, int], events: EventLog) -> None:
+    """Of logs that are shorter than the checkpoint knew them (`positions`): after a power cut."""
+    for name, size in log.positions().items():
+        if size < (expected := positions.get(name, 0)) < sys.maxsize:  # which was never opened
+            text = f"expected {name} to have {expected} bytes, as its checkpoint says, got {size}"
+            events.event("warning", f"{text}: what it had behind them is lost, the run goes on")
 
 
 def _refusal(load: Callable[[Loaded], None], loaded: Loaded) -> str:

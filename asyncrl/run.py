@@ -133,7 +133,7 @@ def run_actor(process: Process, index: int, generation: int) -> None:
     rebuilds = links.rings[index * config.lanes_per_actor].words[Word.REBUILDS :][:1]
     actor = process.make_actor(index, generation + int(rebuilds[0]))
     bell, events = links.actor_bells[index], EventLog(process.folder / "events.log")
-    failures = 0  # in a row
+    failures, told = 0, set()  # in a row; what they said
 
     def idle() -> bool:
         actor.idle()
@@ -152,6 +152,10 @@ def run_actor(process: Process, index: int, generation: int) -> None:
                 rebuilds[0] += 1
                 if rebuilds[0] < 100 or rebuilds[0] % 100 == 0:  # a week has many steps
                     text = f"actor {index}: environments made anew: {error}"
+                    if str(error) not in told:  # where it was raised, once
+                        told.add(str(error))
+                        frames = traceback.format_exception(error.__cause__)
+                        text = f"{text}\n{''.join(frames).strip()}"
                     events.event("env", text, times=rebuilds[0])
                 rebuild(actor)
             links.learner_bell.ring()
@@ -231,6 +235,8 @@ def run_serial(process: Process, index: int, generation: int) -> None:
 
 def announce(learner, resumed: bool) -> None:
     """Say in the log where the run goes on."""
+    if learner.stopped:  # and has said so
+        return
     text = f"resumed at {learner.env_steps} env steps" if resumed else "begun at 0 env steps"
     learner.events.event("learner", text, updates=learner.updates)
 
@@ -313,7 +319,9 @@ def child_main(arguments: list[str]) -> int:
     faulthandler.enable()
     if role == "prepare":
         die_with_parent(os.getppid())
-        return prepare_main(Path(rest[0]), Path(rest[1]), int(rest[2]), rest[3:])
+        status = prepare_main(Path(rest[0]), Path(rest[1]), int(rest[2]), rest[3:])
+        sys.stdout.flush()
+        os._exit(status)  # at once: the parent is about to say that it still waits
     folder, parent, generation, fds = rest
     die_with_parent(int(parent))
     try:

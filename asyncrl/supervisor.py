@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from asyncrl.children import Child, children_of, last_words, reap_strangers, usage_by_role
-from asyncrl.folder import Refused, RunFolder, leaving_at_once, say
+from asyncrl.children import Child, children_of, last_words, open_log, reap_strangers, usage_by_role
+from asyncrl.folder import Refused, RunFolder, leaving_at_once, newest_checkpoint, say
 from asyncrl.logs import EventLog
 from asyncrl.memory import Memory
 from asyncrl.plan import EXIT_FAILED, EXIT_REFUSED, Plan
@@ -29,7 +29,9 @@ from asyncrl.transport.status import Status
 STOP_SECONDS = 17.0  # for a checkpoint, after the first signal; 20 are promised for the exit
 GRACE_SECONDS, KILL_SECONDS = 2.0, 2.0  # for the others to end by themselves; to be gone
 START_SECONDS, ACTOR_SECONDS, LEARNER_SECONDS = 120.0, 9.0, 300.0  # silence; looked at each second
+PAUSED_SECONDS = 5.0  # between two looks: this process itself was not there
 MAX_RESTARTS, RESTART_WINDOW_SECONDS = 5, 600.0
+MAX_RESTARTS_IN_VAIN = 10  # in any time, without anything done in between
 BACK_OFF_SECONDS, MAX_BACK_OFF_SECONDS = 0.5, 30.0
 PROVEN_UNROLLS = 10  # of each lane: an actor that has made them does not fail at its start
 USAGE_SECONDS = 5.0  # between two looks at what the processes take
@@ -56,9 +58,10 @@ def train(
                 return supervisor.run(screen.refresh)
             finally:
                 screen.close()
+                say(*supervisor.last_words)
     except Refused as error:
         say(*error.args)
-        return EXIT_REFUSED
+        return error.status
 
 
 def _begin(run: RunFolder, template: Template, launch_file: Path, options: list[str]) -> Supervisor:
@@ -102,7 +105,8 @@ class Supervisor:
         self.stop_deadline: float | None = None
         self.grace_seconds = GRACE_SECONDS
         self.exit_status: int | None = None
-        self.usage_at = 0.0
+        self.last_words: list[str] = []  # to the user, when the screen is closed
+        self.usage_at, self.looked_at = 0.0, time.monotonic()
 
     def run(self, refresh: Callable[[], None]) -> int:
         """Supervise until the learner is done, a signal comes or nothing can go on."""
@@ -177,20 +181,21 @@ class Supervisor:
         """Where it dies, those it has made live on; a run that needs it and cannot have it ends."""
         template = self.template
         template.keep(self.events, _back_off(template.failed + 1))
-        alive = {child.role for child in self.children if child.process is not None}
-        if template.failed > MAX_RESTARTS and not alive & {"learner", "serial"}:
-            say(template.last_words, "the run cannot go on: no process can be forked")
+        learns = any(child.process is not None for child in self.children if child.learns)
+        if template.failed > MAX_RESTARTS and not learns:
+            self.last_words += template.last_words, "the run cannot go on: nothing can be forked"
             self.exit_status = EXIT_FAILED
 
     def _start(self, child: Child) -> None:
         generation, again = child.generation + 1, child.started > 0
         child.restart_at = None
         child.work_at_start = self._work(child)
+        self.status.words[Status.DONE] &= not child.learns
         if child.role == "actor":
             for ring in self._rings_of(child):
                 ring.words[Word.BEAT] = 0
         arguments = [child.role, str(child.index), str(self.folder), str(os.getpid())]
-        with self._open_log(child) as log:
+        with open_log(self._log_of(child)) as log:
             child.process = self.template.fork([*arguments, str(generation)], self.fds, log)
         child.generation, child.started, child.refused = generation, time.monotonic(), 0
         verb = "restarted" if again else "started"
@@ -199,15 +204,6 @@ class Supervisor:
         self.events.event(
             verb, f"{child.name} {verb}", pid=child.process.pid, generation=child.generation
         )
-
-    def _open_log(self, child: Child):
-        """Where its output goes; nowhere, if there is no place for it."""
-        path = self._log_of(child)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return open(path, "wb")
-        except OSError:
-            return open(os.devnull, "wb")
 
     def _log_of(self, child: Child) -> Path:
         return self.folder / "logs" / f"{child.name.replace(' ', '_')}.log"
@@ -222,16 +218,15 @@ class Supervisor:
                 continue
             code = child.process.returncode
             self._forget_process(child)
-            learns = child.role in ("learner", "serial")
-            asked = self.status.words[Status.DONE] if learns else self.stop_deadline is not None
-            if code == 0 and asked:  # else something in it has called exit()
+            done = child.learns and self.status.words[Status.DONE]
+            if done:
+                child.gone, self.exit_status = True, 128 + self.signals[0] if self.signals else 0
+                if code:  # as libraries may fail at the very end
+                    self._report_death(child, code)
+            elif self.stop_deadline is not None or (child.learns and code == EXIT_REFUSED):
                 child.gone = True
-                if learns:
-                    self.exit_status = 128 + self.signals[0] if self.signals else 0
-            elif self.stop_deadline is not None or (learns and code == EXIT_REFUSED):
-                child.gone = True
-                if learns:
-                    say(self._report_death(child, code))
+                if child.learns:
+                    self.last_words.append(self._report_death(child, code))
                     self.exit_status = EXIT_FAILED
             else:
                 self._mourn(child, code)
@@ -243,8 +238,9 @@ class Supervisor:
         child.process = None
 
     def _report_death(self, child: Child, code: int) -> str:
-        cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         text = last_words(self._log_of(child))
+        cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        cause += f": {text.splitlines()[-1]:.300}" if code > 0 and text else ""
         self.events.event("death", f"{child.name} died: {cause}\n{text}".strip())
         return f"{child.name} died: {cause}\n{text}"
 
@@ -254,20 +250,22 @@ class Supervisor:
         now = time.monotonic()
         if self._has_worked(child):
             child.deaths.clear()
-        child.deaths = [at for at in child.deaths if now - at < RESTART_WINDOW_SECONDS] + [now]
-        back_off = _back_off(len(child.deaths))
-        if len(child.deaths) > MAX_RESTARTS:
+        child.deaths.append(now)
+        lately = sum(now - at < RESTART_WINDOW_SECONDS for at in child.deaths)
+        back_off = _back_off(lately)
+        if lately > MAX_RESTARTS or len(child.deaths) > MAX_RESTARTS_IN_VAIN:
             child.gone = True
             for ring in self._rings_of(child) if child.role == "actor" else []:
                 ring.words[Word.GONE] = 1
-            times = f"{len(child.deaths)} times in {RESTART_WINDOW_SECONDS / 60:.0f} minutes"
+            minutes = (now - child.deaths[0]) / 60
+            times = f"{len(child.deaths)} times in {minutes:.0f} minutes and got nothing done"
             self.events.event("gave-up", f"{child.name} died {times}; not restarted")
             actors = [other for other in self.children if other.role == "actor"]
             turn_based = self.plan.schedule != "async"
-            needed = child.role in ("learner", "serial") or (child.role == "actor" and turn_based)
+            needed = child.learns or (child.role == "actor" and turn_based)
             if needed or (child.role == "actor" and all(other.gone for other in actors)):
                 where = f"see {self.folder / 'events.log'}"
-                say(report, f"the run cannot go on without {child.name}; {where}")
+                self.last_words += report, f"the run cannot go on without {child.name}; {where}"
                 self.exit_status = EXIT_FAILED
         elif self.plan.schedule == "async" or child.role == "evaluator":
             child.restart_at = now + back_off
@@ -276,7 +274,7 @@ class Supervisor:
             for other in self.children:
                 if other.process is not None and other.role != "evaluator":
                     other.process.kill()
-                    other.process.wait()
+                    other.process.wait(KILL_SECONDS)
                     self._forget_process(other)
                 if other.role != "evaluator":
                     other.restart_at, other.generation = now + back_off, -1
@@ -288,8 +286,7 @@ class Supervisor:
             return int(self.status.numbers[Status.EVALUATION.index("eval/env_steps")])
         if child.role == "actor" and self.plan.schedule == "async":
             return min(ring.read(Word.HEAD) for ring in self._rings_of(child))
-        saved = (self.folder / "checkpoints").glob("checkpoint_" + 12 * "[0-9]")
-        return max((int(path.name[-12:]) for path in saved), default=-1)
+        return newest_checkpoint(self.folder)
 
     def _has_worked(self, child: Child) -> bool:
         """Whether it got on since its start: its earlier deaths are then forgiven, and one that
@@ -313,7 +310,11 @@ class Supervisor:
 
     def _look_at_hearts(self) -> None:
         """Kill what is alive but stuck; whoever is merely blocked keeps beating."""
+        now, before = time.monotonic(), self.looked_at
+        self.looked_at = now
         for child in self.children:
+            if now - before > PAUSED_SECONDS:  # a container's pause, a virtual machine's
+                child.excused = now
             silent = child.process and child.stuck_for(*self._last_beat(child), START_SECONDS)
             if not silent:
                 continue
@@ -355,11 +356,7 @@ class Supervisor:
             name = signal.Signals(self.signals[0]).name
             self.events.event("stopping", f"{name}: checkpoint and exit; a second one: at once")
             self._ask_to_stop()
-            if all(
-                child.process is None
-                for child in self.children
-                if child.role in ("learner", "serial")
-            ):
+            if all(child.process is None for child in self.children if child.learns):
                 self.exit_status = 128 + self.signals[0]
         if len(self.signals) > 1 or (self.stop_deadline is not None and now > self.stop_deadline):
             why = "a second signal" if len(self.signals) > 1 else "no checkpoint in time"
@@ -370,7 +367,7 @@ class Supervisor:
         lost = "" if self.status.words[Status.DONE] else " and nothing was saved at this end"
         words = f"{why}: everything is killed{lost}; a start resumes the newest checkpoint"
         self.events.event("stopping", words)
-        say(words)
+        self.last_words.append(words)
         self.grace_seconds, self.exit_status = 0.0, status
 
     def _ask_to_stop(self) -> None:

@@ -163,7 +163,7 @@ class Recorder:
     def film(self, game: Recorded, folder: Path, env_steps: int) -> Path:
         """Write FOLDER/<env steps>_<score>.mp4 and, of the 20 s with most reward, a gif."""
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{env_steps}_{game.score:.10g}.mp4"
+        path = folder / f"{env_steps}_{game.score:.6g}.mp4"
         temporary = path.with_name(f".{path.name}")  # ends in .mp4, as imageio wants it
         twin = Twin(self._config, self._num_envs, game.env, self._seed)
         reward = np.array([row.reward[game.env] for row in self.rows[game.begin : game.end]])

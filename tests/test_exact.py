@@ -60,6 +60,38 @@ def test_killed_and_resumed_equals_uninterrupted(what, uninterrupted, start):
     assert steps == sorted(steps)
 
 
+DEADLY = """
+import os
+import shutil
+import signal
+from asyncrl.learner import Learner
+
+
+def finish(learner, finish=Learner.finish):
+    finish(learner)
+    straight = learner.folder.with_name("straight")
+    if not straight.exists():
+        shutil.copytree(learner.folder, straight)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+Learner.finish = finish
+"""
+
+
+def test_killed_behind_its_last_checkpoint_a_run_is_extended_alike(start, tmp_path):
+    """It is begun again and finds nothing to do: that leaves no trace in what comes later."""
+    launch_file = tmp_path / "deadly.py"
+    launch_file.write_text(EXACT.read_text() + DEADLY)
+    run = start("killed", launch_file, "--schedule", "serial", "--total-env-steps", 1_000)
+    status, output = run.finish()
+    assert status == 0 and run.count("restarted", "serial") == 1, output
+    for run_id in ("killed", "straight"):
+        train_serially(tmp_path, run_id, launch_file, ["--total-env-steps", 4_000])
+    straight = last_checkpoint(tmp_path / "straight")
+    assert_equal(last_checkpoint(tmp_path / "killed"), straight)
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_serial_equals_lockstep_killed_and_resumed(name, start, tmp_path):
     """PPO with a frame stack, an LSTM, normalisers and a mix of policies; DQN with all that draws

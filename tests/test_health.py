@@ -100,4 +100,6 @@ def test_watch_tells_it_and_exits_by_it(tmp_path, monkeypatch, capsys):
     events.event("end", "run x ended", status=143)
     assert cli.main(["watch", "x", "--health"]) == 1
     assert "ended with status 143" in capsys.readouterr().out
+    assert cli.main(["watch", "x"]) == 0  # not for ever
+    assert capsys.readouterr().out.splitlines()[-1].startswith("x ended with status 143, 0 s ago")
     run.__exit__()

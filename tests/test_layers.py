@@ -10,7 +10,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "asyncrl"
 
 LAYERS = [
-    {"types", "disk", "describe", "state", "schedules", "sampling", "limits", "example_envs"},
+    {"types", "disk", "describe", "state", "schedules", "sampling", "limits", "example_envs"}
+    | {"foreign"},
     {
         "env_actions",
         "env_config",
@@ -18,6 +19,7 @@ LAYERS = [
         "envs",
         "models",
         "policies",
+        "policy_contract",
         "switch_policies",
         "transport",
         "stores",
@@ -31,7 +33,7 @@ LAYERS = [
     {"config"},
     {"costs", "plan", "folder", "preflight", "children", "memory", "run", "template"}
     | {"supervisor", "video"},
-    {"panel", "health", "plots", "doctor", "bench", "cli"},
+    {"panel", "screen", "health", "plots", "doctor", "bench", "cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

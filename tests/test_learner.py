@@ -17,7 +17,7 @@ from asyncrl.env_config import EnvConfig
 from asyncrl.envs import make_envs
 from asyncrl.learner import Learner
 from asyncrl.learner_config import LearnerConfig
-from asyncrl.logs import read_events
+from asyncrl.logs import RunLog, read_events
 from asyncrl.models import ModelConfig
 from asyncrl.models.layers import noisy_layers
 from asyncrl.policies import Random, as_mixture
@@ -33,7 +33,10 @@ ENV = EnvConfig(lambda num_envs: SyncVectorEnv([CountingEnv] * num_envs))
 class Box:
     """A whole run on bytearrays; actors are made, played and forgotten by hand."""
 
-    def __init__(self, folder, num_actors: int, tolerance: int = 0, resume: bool = False):
+    def __init__(
+        self, folder, num_actors: int, tolerance: int = 0, resume: bool = False,
+        total_env_steps: int = 10_000, **learner,
+    ):  # fmt: skip
         self.config = ActorConfig(num_actors=num_actors, envs_per_lane=2, unroll_length=4)
         envs = make_envs(ENV, 1)
         self.spaces = envs.observation_space, envs.action_space
@@ -53,7 +56,7 @@ class Box:
         algorithm = DQNConfig(replay=replay, batch_size=8).build(model, torch.device("cpu"))
         self.learner = Learner(
             LearnerConfig(tensorboard=False), self.config, algorithm, model, self.spec, self.rings,
-            WeightsWriter(self.weights), ("Random",), folder, seed=1, total_env_steps=10_000,
+            WeightsWriter(self.weights), ("Random",), folder, 1, total_env_steps, **learner
         )  # fmt: skip
         self.learner.start(resume=resume)
 
@@ -308,6 +311,91 @@ def test_turns_that_were_cut_short_are_not_saved(env_steps, tmp_path):
     newest = learner.checkpoints.newest_valid()
     assert env_steps - 16 <= newest.number < env_steps
     assert newest.state["updates"] == made[-1]
+
+
+def finish_in_turns(box: Box) -> dict:
+    """The state of the newest checkpoint once the run is at its end, by its own turns."""
+    learner, actor = box.learner, box.make_actor(0)
+    learner.config = dataclasses.replace(learner.config, checkpoint_steps=320)
+    learner.run_in_turns(lambda condition: actor.play() or True)
+    learner.finish()
+    return learner.checkpoints.newest_valid().state
+
+
+def test_a_finished_run_in_turns_has_one_end(tmp_path):
+    """Begun again there is nothing to do, however it came there: also where its end is lowered to
+    a periodic checkpoint of a run that was to go on and was killed."""
+    finish_in_turns(Box(tmp_path / "longer", 1, total_env_steps=1_200, turn_based=True))
+    *_, periodic, last = sorted((tmp_path / "longer" / "checkpoints").iterdir())
+    shutil.rmtree(last)
+    end, states = int(periodic.name[-12:]), []
+    for name in ("straight", "straight", "straight", "longer"):
+        folder = tmp_path / name
+        before = {path: path.read_bytes() for path in folder.glob("checkpoints/*/*")}
+        box = Box(folder, 1, resume=True, total_env_steps=end, turn_based=True)
+        states.append(finish_in_turns(box))
+        after = {path: path.read_bytes() for path in folder.glob("checkpoints/*/*")}
+        assert not before or after == before
+    assert states[0]["env_steps"] == end and states[0]["epoch"] > 1
+    for name in set(states[0]) - {"elapsed_seconds", "logs"}:
+        assert all(state[name] == states[0][name] for state in states), name
+
+
+def test_a_stop_while_the_replay_is_read_saves_nothing(tmp_path):
+    """And the checkpoint is not to blame: the next start has all of it."""
+    box = Box(tmp_path, 1)
+    run_for(box, 2)
+    box.learner.finish()
+    folders = (tmp_path / "checkpoints", tmp_path / "replay")
+    files = {path: path.read_bytes() for folder in folders for path in folder.rglob("*.*")}
+    logs = [path.read_bytes() for path in (tmp_path / "metrics.jsonl", tmp_path / "episodes.csv")]
+    (tmp_path / "events.log").unlink()
+    for turn_based in (False, True):
+        beats = []
+        stopped = Box(
+            tmp_path, 1, resume=True, turn_based=turn_based,
+            beat=lambda beats=beats: beats.append(1) or len(beats) > 5,
+        )  # fmt: skip
+        assert len(beats) == 6 and stopped.learner.stopped
+        assert stopped.learner.weights.version == 0  # nobody acts by what was half loaded
+        stopped.learner.run_async(lambda condition: pytest.fail("nothing is waited for"))
+        stopped.learner.run_in_turns(lambda condition: pytest.fail("nothing is played"))
+        stopped.learner.finish()
+        assert not stopped.learner.checkpoints.rejected
+    events = [(event.kind, event.text) for event in read_events(tmp_path / "events.log")]
+    text = "stopped while it read its replay: nothing is to be saved"
+    assert events == [("learner", text)] * 2
+    assert files == {path: path.read_bytes() for folder in folders for path in folder.rglob("*.*")}
+    assert logs == [(tmp_path / name).read_bytes() for name in ("metrics.jsonl", "episodes.csv")]
+    again = Box(tmp_path, 1, resume=True)
+    assert again.learner.updates == box.learner.updates
+    assert again.learner.store.unrolls == box.learner.store.unrolls
+
+
+def test_logs_that_a_power_cut_shortened_are_named_and_the_run_goes_on(tmp_path, monkeypatch):
+    synced = []
+    sync = RunLog.sync
+    monkeypatch.setattr(RunLog, "sync", lambda log: synced.append(log.positions()) or sync(log))
+    box = Box(tmp_path, 1)
+    run_for(box, 2)
+    box.learner.finish()
+    positions = box.learner.checkpoints.newest_valid().state["logs"]
+    assert synced == [positions]  # in time for the checkpoint that has them
+    with open(tmp_path / "episodes.csv", "r+b") as file:
+        file.truncate(positions["episodes.csv"] - 1)
+    again = Box(tmp_path, 1, resume=True)
+    left = (tmp_path / "episodes.csv").read_bytes()
+    assert left.endswith(b"\n") and len(left) < positions["episodes.csv"] - 1
+    (event,) = [e for e in read_events(tmp_path / "events.log") if e.kind == "warning"]
+    assert event.text == (
+        f"expected episodes.csv to have {positions['episodes.csv']} bytes, as its checkpoint says, "
+        f"got {len(left)}: what it had behind them is lost, the run goes on"
+    )
+    run_for(again, 2)
+    assert (tmp_path / "episodes.csv").read_bytes().startswith(left)
+    again.learner.finish()
+    Box(tmp_path, 1, resume=True)
+    assert sum(e.kind == "warning" for e in read_events(tmp_path / "events.log")) == 1
 
 
 def test_a_bad_gradient_changes_nothing(tmp_path):

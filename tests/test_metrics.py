@@ -181,6 +181,18 @@ def test_resume_cuts_both_files_back_to_the_checkpoint(tmp_path):
     assert b"\0" not in (tmp_path / "metrics.jsonl").read_bytes()
 
 
+def test_logs_can_be_had_to_survive_a_power_cut(tmp_path, monkeypatch):
+    log, synced, fsync = RunLog(tmp_path, tensorboard=False), [], os.fsync
+    log.write({"env_steps": 1})
+    names = {path.stat().st_ino: path.name for path in (*tmp_path.iterdir(), tmp_path)}
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_ino) or fsync(fd))
+    log.sync()
+    assert [names[inode] for inode in synced] == [*log.positions(), tmp_path.name]
+    (tmp_path / "metrics.jsonl").unlink()
+    log.sync()  # never raises, and makes nothing
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def full_disk_child(folder):
     log = RunLog(folder, tensorboard=True)
     log.write({"env_steps": 1})

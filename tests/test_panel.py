@@ -128,6 +128,20 @@ def test_a_cut_back_log_takes_its_returns_with_it(tmp_path):
     assert panel.returns == [1.0, 3.0] and panel.evaluation is None
 
 
+def test_a_row_that_was_cut_off_before_it_was_printed(tmp_path):
+    """A learner that dies before its first checkpoint takes all rows with it."""
+    log, stream = RunLog(tmp_path, tensorboard=False), io.StringIO()
+    positions = log.positions()
+    log.write(ROW)
+    panel = Panel(tmp_path, None, stream)
+    panel.refresh()
+    log.write(ROW)
+    panel.refresh()  # too soon after the first to be printed
+    RunLog(tmp_path, positions, tensorboard=False)
+    panel.close()
+    assert len(stream.getvalue().splitlines()) == 1
+
+
 def test_plain_lines_first_then_seldom_then_last(tmp_path, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(panel_module.time, "monotonic", lambda: now[0])

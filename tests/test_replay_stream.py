@@ -12,7 +12,7 @@ import pytest
 from asyncrl import replay_stream
 from asyncrl.checkpoint import Checkpoints
 from asyncrl.logs import EventLog
-from asyncrl.replay_stream import ReplayStream
+from asyncrl.replay_stream import ReplayStream, Stopped
 from asyncrl.segments import SegmentWriter
 
 CAPACITY, NBYTES, RECORDS = 10, 8, 5  # unrolls in the store, bytes of one, unrolls a segment
@@ -103,3 +103,15 @@ def test_what_is_on_disk_rebuilds_the_store(make_stream, num):
     assert len(beats) == sum(segment["records"] for segment in segments)
     take(after, 12)
     assert list(after.store.unrolls) == list(range(num + 2, num + 12))
+
+
+def test_a_stop_is_heard_at_each_unroll(make_stream):
+    before = make_stream()
+    before.begin([])
+    take(before, 9)
+    segments = save(before)
+    after = make_stream()
+    beats = iter([False, False, False, True])
+    with pytest.raises(Stopped):
+        after.restore(segments, lambda: next(beats))
+    assert list(after.store.unrolls) == [0, 1, 2]

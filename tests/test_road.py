@@ -129,6 +129,8 @@ def test_every_step_once_and_in_order_across_kill_9_of_actors(start, tmp_path, m
         check_lane(spec, fresh)
         assert int(fresh[0].header.generation) > max(generation for generation, _ in old)
         assert int(fresh[0].header.sequence) == max(sequence for _, sequence in old) + 1
+    status, output = start("road", launch_file).finish()  # there is nothing left to do
+    assert status == 0 and "run road is finished" in output and again.count("start") == 2
 
 
 def test_ctrl_c_twice_ends_at_once_and_the_last_checkpoint_is_whole(start, tmp_path, monkeypatch):
@@ -178,6 +180,43 @@ def test_an_on_policy_run_goes_on_without_actors_that_were_given_up(start, tmp_p
     status, output = run.finish(30)
     assert status == 0, output
     assert run.metrics()[-1]["env_steps"] >= 2_000
+
+
+SLOW = """
+import time
+import gymnasium as gym
+import asyncrl
+
+
+class Slow(gym.Wrapper):
+    seconds = 2.5  # of the first step
+
+    def step(self, action):
+        time.sleep(self.seconds)
+        self.seconds = 0.7
+        return self.env.step(action)
+
+
+config = asyncrl.Config(
+    env=asyncrl.EnvConfig(
+        lambda num_envs: gym.vector.SyncVectorEnv([lambda: Slow(gym.make("CartPole-v1"))])
+    ),
+    model=asyncrl.ModelConfig(hidden=(16,)),
+    algorithm=asyncrl.PPOConfig(num_minibatches=1),
+    actor=asyncrl.ActorConfig(lanes_per_actor=3, envs_per_lane=1, unroll_length=2),
+    learner=asyncrl.LearnerConfig(num_threads=1, tensorboard=False, device="cpu"),
+    evaluation=asyncrl.EvaluationConfig(period_steps=0),
+    total_env_steps=12,
+)
+"""
+
+
+def test_slow_environments_are_not_taken_for_stuck(start, tmp_path):
+    """Neither by their first step nor by the steps of several lanes, one after the other."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    run = start("slow", tmp_path / "slow.py", constants={"ACTOR_SECONDS": 1.4})
+    status, output = run.finish(100)
+    assert status == 0 and not run.count("stuck"), output
 
 
 def test_a_closed_terminal_stops_a_run_unless_nohup_says_otherwise(start):

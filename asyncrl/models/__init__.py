@@ -23,9 +23,10 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from asyncrl.models.config import ModelConfig
-from asyncrl.models.cores import LSTM, FrameStack
+from asyncrl.models.cores import FrameStack
 from asyncrl.models.heads import ActorCriticHead, QHead
 from asyncrl.models.layers import StreamConfig
+from asyncrl.models.lstm import LSTM
 from asyncrl.models.normalizers import ObservationNormalizer
 from asyncrl.models.torsos import encoder, has_image
 from asyncrl.types import Tree, tree_map

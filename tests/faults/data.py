@@ -50,6 +50,8 @@ def check_events(run: Run, words: str, at_least: int) -> None:
     expect(len(texts) >= at_least, f"{at_least} failures, but {len(texts)} in events.log")
     expect(all("environments made anew" in text for text in texts), "not said what was done")
     expect(any(words in text for text in texts), f"not said why: {texts[:3]}")
+    traced = [text for text in texts if "Traceback" in text]
+    expect(0 < len(traced) <= len({text.splitlines()[0] for text in texts}), "not said where, once")
 
 
 def fault_28(lab: Lab) -> Outcome:
