@@ -20,11 +20,13 @@ from typing import Any, Literal
 
 import typeguard
 import tyro
+from torch import nn
 
 from asyncrl.actor import ActorConfig
 from asyncrl.algorithms.dqn import DQNConfig
 from asyncrl.env_config import EnvConfig
 from asyncrl.evaluate import EvaluationConfig
+from asyncrl.foreign import name_of
 from asyncrl.learner_config import LearnerConfig
 from asyncrl.models import ModelConfig
 
@@ -82,10 +84,22 @@ def load_launch_file(path: Path, original: Path | None = None) -> types.ModuleTy
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(original)]
         where = f" (line {lines[-1]})" if lines else ""
-        raise LaunchFileError(
-            f"{original}{where} cannot be used: {type(error).__name__}: {error}"
-        ) from error
+        refused = f"{original}{where} cannot be used"
+        if not isinstance(error, ValueError):
+            _check_what_was_made(error, refused)
+        raise LaunchFileError(f"{refused}: {type(error).__name__}: {error}") from error
     return module
+
+
+def _check_what_was_made(error: Exception, refused: str) -> None:
+    """ConfigError where an error arose as a dataclass looked at values of the wrong type."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "__post_init__" and "self" in frame.f_locals:
+            part = frame.f_locals["self"]
+            try:
+                check_types(part, type(part).__name__)
+            except ConfigError as wrong:
+                raise ConfigError(f"{refused}: {wrong}") from None
 
 
 def choose_profile(module: types.ModuleType, name: str) -> Config:
@@ -128,10 +142,10 @@ def resolve(path: Path, options: Sequence[str], original: Path | None = None) ->
         profile = options[position + 1]
         del options[position : position + 2]
     module = load_launch_file(path, original)
-    config = apply_options(
-        choose_profile(module, profile), options, f"asyncrl train {(original or path).name} RUN_ID"
-    )
-    return complete(config)
+    config = choose_profile(module, profile)
+    check_types(config)
+    program = f"asyncrl train {(original or path).name} RUN_ID"
+    return complete(apply_options(config, options, program))
 
 
 def check_types(part: Any, name: str = "") -> None:
@@ -152,7 +166,9 @@ def check_types(part: Any, name: str = "") -> None:
             right = False
         if not right:
             kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-            raise ConfigError(f"expected {inner} to be {kind}, got {value!r}")
+            is_id = hint is EnvConfig and isinstance(value, str)
+            remedy = f"; write EnvConfig({value!r})" if is_id else ""
+            raise ConfigError(f"expected {inner} to be {kind}, got {name_of(value)}{remedy}")
         check_types(value, inner)
 
 
@@ -160,6 +176,12 @@ def complete(config: Config) -> Config:
     """`config` with everything decided that was left to the parts."""
     check_types(config)
     model, algorithm = config.model, config.algorithm
+    if isinstance(model, nn.Module) or not callable(model):
+        got = f"a model, {type(model).__name__}" if isinstance(model, nn.Module) else repr(model)
+        raise ConfigError(
+            "expected model to be a function of (observation space, action space) that makes a "
+            f"model, got {got}; write model=lambda obs, act: ..."
+        )
     if isinstance(model, ModelConfig) and model.head == "auto":
         model = dataclasses.replace(model, head=algorithm.head)
     policy = algorithm.policy() if config.policy is None else config.policy

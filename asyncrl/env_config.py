@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 import tyro
 from gymnasium.vector import VectorEnv
 
+from asyncrl.foreign import name_of
+
 # The first three are not for changing: the model stacks frames, the algorithm clips rewards, and
 # episodic_life would restart the whole game at each lost life (life_loss_info does not).
 _FIXED = dict(stack_num=1, reward_clipping=False, episodic_life=False)
@@ -82,6 +84,11 @@ class EnvConfig:
             return True
         return ":" in self.id and self.id.rpartition(":")[2].isidentifier()
 
+    @property
+    def name(self) -> str:
+        """The id, or what callable stands for it."""
+        return self.id if isinstance(self.id, str) else name_of(self.id)
+
     def resolved(self) -> EnvConfig:
         """The same with every default written out, as config.json shows it."""
         vectorization, protocol, idle = self.vectorization, self.protocol, self.max_idle_steps
@@ -93,12 +100,13 @@ class EnvConfig:
         if self.is_callable and not is_native:
             raise ValueError(
                 f"env.vectorization: expected 'auto' or 'native', got {vectorization!r}: "
-                f"{self.id} makes its own vector env"
+                f"{self.name} is called with num_envs to make a vector env itself; for single "
+                "environments gymnasium.register them and give the id"
             )
         if protocol != "none" and not (self.is_ale and is_native):
             raise ValueError(
                 f"env.protocol: {protocol!r} needs an id that starts with 'ALE/' and native "
-                f"vectorization, got {self.id!r} and {vectorization!r}; use 'none'"
+                f"vectorization, got {self.name!r} and {vectorization!r}; use 'none'"
             )
         rules = _PROTOCOLS[protocol]
         atari = {name: self.kwargs.get(name, value) for name, value in rules.items()} | self.atari

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import difflib
 import importlib
+import inspect
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -34,9 +36,9 @@ def make_envs(config: EnvConfig, num_envs: int) -> EnvGroup:
     try:
         env = _make_vector_env(config, num_envs)
     except (EOFError, ConnectionError) as error:
-        raise EnvDied(f"{config.id}: a worker died at its start, see its traceback") from error
+        raise EnvDied(f"{config.name}: a worker died at its start, see its traceback") from error
     try:
-        return EnvGroup(env, config, num_envs)
+        return EnvGroup(env, replace(config, id=config.name), num_envs)
     except BaseException:
         close_env(env)
         raise
@@ -45,6 +47,7 @@ def make_envs(config: EnvConfig, num_envs: int) -> EnvGroup:
 def _make_vector_env(config: EnvConfig, num_envs: int) -> VectorEnv:
     if config.is_callable:
         make = _import(config.id) if isinstance(config.id, str) else config.id
+        _check_callable(make, config.name)
         return make(num_envs, **config.kwargs)
     _find_id(config.id)
     kwargs = config.kwargs | config.atari
@@ -68,6 +71,27 @@ def _import(name: str) -> Callable[..., VectorEnv]:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"env.id: cannot import {name!r}: {error}") from error
+
+
+def _check_callable(make: Any, name: str) -> None:
+    """Refuse a class of single environments, and what cannot be called with num_envs."""
+    if isinstance(make, type) and issubclass(make, gym.Env):
+        raise ValueError(
+            "env.id: expected a function of num_envs that makes a gymnasium.vector.VectorEnv, got "
+            f"{name}, a class of single environments; wrap it as lambda num_envs: "
+            f"SyncVectorEnv([{make.__name__}] * num_envs), or gymnasium.register it and give its id"
+        )
+    try:
+        signature = inspect.signature(make)
+    except (TypeError, ValueError):  # of what was written in C; or it is no callable
+        return
+    try:
+        signature.bind_partial(1)
+    except TypeError as error:
+        raise ValueError(
+            f"env.id: expected {name} to take num_envs, got ({', '.join(signature.parameters)}); "
+            "write def make(num_envs): return SyncVectorEnv([make_one] * num_envs)"
+        ) from error
 
 
 def _find_id(name: str) -> None:

@@ -75,7 +75,7 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
     state, outputs = try_model(model, config.algorithm.head, observation_space, action_space)
     mixture = as_mixture(config.policy)
     outputs = {name: output[0].detach().float().numpy() for name, output in outputs.items()}
-    check_policy(mixture, outputs, action_space.shape)
+    check_policy(mixture, outputs, action_space)
     num_states = getattr(config.algorithm, "num_states", 1)
     sizes = actor.unroll_length, actor.envs_per_lane
     spec = Spec(*sizes, observation_space, action_space, state, num_states)

@@ -8,7 +8,8 @@ says where an episode opens, `step` (B) counts env steps of each episode, `conte
 learner publishes beside the weights, `rng` is a counter-based generator made anew for every unroll.
 A policy sees no weights, keeps no statistics and knows no process; `log_prob` is that of the action
 under the behaviour that really chose it. A policy that refers to others of its mix by name has a
-`check(names)`, which refuses names that are never drawn. More policies: switch_policies.py.
+`check(names)`, which refuses names that are never drawn; one that is made of others has them as
+`inside`, {name: policy}. More policies: switch_policies.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from gymnasium import spaces
 
+from asyncrl.policy_contract import check_part
 from asyncrl.sampling import epsilon_greedy, mode, preferences, sample, uniform, uniform_in_box
 from asyncrl.schedules import check_range, turns, value_at
 
@@ -234,11 +237,15 @@ class Mixture:
         ]
         if len(results) == 1:
             action, log_prob, own = results[0]
-            return action, log_prob, MixtureState(choice, (own,))
-        env = np.arange(len(choice))
-        action = np.stack([result[0] for result in results])[choice, env]
-        log_prob = np.stack([result[1] for result in results])[choice, env]
-        return action, log_prob, MixtureState(choice, tuple(result[2] for result in results))
+            states = (own,)
+        else:
+            env, (actions, log_probs, states) = np.arange(len(choice)), zip(*results, strict=True)
+            action = np.stack(actions)[choice, env]
+            log_prob = np.stack(log_probs)[choice, env]
+        if action.dtype.kind not in "iub" and "mean" not in outputs:  # the wire would cut them
+            kinds = [str(result[0].dtype) for result in results]
+            raise ValueError(f"expected integers as actions of {self.names}, got {kinds}")
+        return action, log_prob, MixtureState(choice, states)
 
 
 def as_mixture(policy) -> Mixture:
@@ -248,25 +255,13 @@ def as_mixture(policy) -> Mixture:
     return Mixture((Part(type(policy).__name__, policy),))
 
 
-def check_policy(mixture: Mixture, outputs: dict[str, np.ndarray], action_shape: tuple) -> None:
-    """Let all parts act once on a model's outputs (B, ...); ValueError for one that cannot."""
-    B = len(next(iter(outputs.values())))
+def check_policy(mixture: Mixture, outputs: dict[str, np.ndarray], space: spaces.Space) -> None:
+    """Let all parts, and what is inside them, act once on a model's outputs (B, ...); ValueError,
+    with the part's name, for one that cannot."""
     lengths = {name: np.zeros(0, np.int64) for name in mixture.names}
     context, rng = Context(0, recent_lengths=lengths), unroll_rng(0, 0, 0)
     for part in mixture.parts:
-        state = part.policy.initial_state(B)
-        step = np.zeros(B, np.int64)
-        action, log_prob, _ = part.policy(outputs, state, step == 0, step, context, rng)
-        got = np.shape(action), np.shape(log_prob)
-        if got != ((B, *action_shape), (B,)):
-            raise ValueError(
-                f"expected the policy {part.name} to give actions {(B, *action_shape)} and "
-                f"log-probabilities {(B,)}, got {got[0]} and {got[1]}"
-            )
-        if np.isnan(log_prob).any():
-            raise ValueError(
-                f"expected log-probabilities from the policy {part.name}, got {log_prob.tolist()}"
-            )
+        check_part(part.name, part.policy, outputs, space, context, rng)
 
 
 def unroll_rng(seed: int, lane: int, sequence: int) -> np.random.Generator:

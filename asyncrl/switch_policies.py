@@ -70,8 +70,12 @@ class RandomSwitch:
     def __post_init__(self):
         check_range("probability", self.probability, most=1)
 
+    @property
+    def inside(self) -> dict[str, Any]:
+        return {"one": self.one, "other": self.other}
+
     def check(self, names: tuple[str, ...]) -> None:
-        check_inside((self.one, self.other), names)
+        check_inside(self.inside, names)
 
     def initial_state(self, num_envs: int) -> RandomSwitchState:
         parts = self.one.initial_state(num_envs), self.other.initial_state(num_envs)
@@ -123,6 +127,10 @@ class Switch:
                 f"{self.margin} and {self.initial_length}"
             )
 
+    @property
+    def inside(self) -> dict[str, Any]:
+        return {"before": self.before, "after": self.after}
+
     def check(self, names: tuple[str, ...]) -> None:
         """ValueError where the reference is none of those that the mixture ever draws."""
         if self.reference not in names:
@@ -130,7 +138,7 @@ class Switch:
                 f"expected a reference that the mixture draws, got {self.reference!r} for "
                 f"{names}; name one of them, or add Part({self.reference!r}, ...)"
             )
-        check_inside((self.before, self.after), names)
+        check_inside(self.inside, names)
 
     def initial_state(self, num_envs: int) -> SwitchState:
         parts = self.before.initial_state(num_envs), self.after.initial_state(num_envs)
@@ -156,7 +164,7 @@ def act(policies: tuple, states: tuple, other: np.ndarray, outputs: dict, *rest)
     return action, np.where(other, other_log_prob, log_prob), (one, two)
 
 
-def check_inside(policies: tuple, names: tuple[str, ...]) -> None:
+def check_inside(policies: dict[str, Any], names: tuple[str, ...]) -> None:
     """Have policies inside a policy check the names they refer to."""
-    for policy in policies:
+    for policy in policies.values():
         getattr(policy, "check", lambda names: None)(names)

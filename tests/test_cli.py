@@ -177,7 +177,8 @@ def test_memory_is_refused_with_the_arithmetic(in_this_process, runs, launch_fil
             "from asyncrl import *\nclass Two(Random):\n def __call__(self, *x):\n"
             "  return *(y[:2] for y in super().__call__(*x)[:2]), ()\n"
             "config = Config(EnvConfig('CartPole-v1'), policy=Two())",
-            "expected the policy Two to give actions (3,) and log-probabilities (3,), got (2,)",
+            "expected the policy Two to give numpy arrays, actions int64 (3,) and "
+            "log-probabilities float32 (3,), got int64 (2,) and float32 (2,)",
         ),
         (
             "from asyncrl import *\n"
@@ -222,13 +223,54 @@ def test_memory_is_refused_with_the_arithmetic(in_this_process, runs, launch_fil
             LAUNCH_FILE.replace('"CartPole-v1"', '"tests.counting_env:make_one"'),
             "make_one",
         ),
+        (
+            "from asyncrl import *\nclass Bare:\n def __call__(self, *x): ...\n"
+            "config = Config(EnvConfig('CartPole-v1'), policy=Bare())",
+            "asyncrl: expected a policy with initial_state(B) for Bare, got Bare without it: a ",
+        ),
+        (
+            "from asyncrl import *\nconfig = Config(EnvConfig('CartPole-v1'), total_env_steps='x')",
+            "launch.py (line 2) cannot be used: expected Config.total_env_steps to be int, got 'x'",
+        ),
+        (
+            "from asyncrl import *\nconfig = Config(env='CartPole-v1')",
+            "asyncrl: expected env to be EnvConfig, got 'CartPole-v1'; write "
+            "EnvConfig('CartPole-v1')",
+        ),
+        (
+            "from asyncrl import *\nimport torch\n"
+            "config = Config(EnvConfig('CartPole-v1'), model=torch.nn.Linear(4, 2))",
+            "asyncrl: expected model to be a function of (observation space, action space) that "
+            "makes a model, got a model, Linear; write model=lambda obs, act: ...",
+        ),
         ("import sys\nsys.exit(0)", "(line 2) cannot be used: expected it to go on, but it calls"),
         ("exit('enough')", "(line 1) cannot be used: expected it to go on, but it calls exit"),
     ],
 )
 def test_launch_files_that_cannot_work(in_this_process, runs, launch_file, capfd, source, expected):
     launch_file.write_text(source)
-    assert expected in refusal(capfd, "train", launch_file, "x")
+    message = refusal(capfd, "train", launch_file, "x")
+    assert expected in message and "Warning" not in message
+    assert not expected.startswith("asyncrl: ") or message.startswith(expected)
+    assert not runs.exists()
+
+
+@pytest.mark.parametrize("who", ["policy Own", "model Own"])
+def test_an_error_in_code_of_the_users_is_told_with_its_traceback(
+    in_this_process, runs, launch_file, capfd, who
+):
+    """A ValueError of asyncrl's own is told in words alone."""
+    part = f"policy=Own(), model={'Own' if 'model' in who else 'ModelConfig()'}"
+    launch_file.write_text(
+        "from asyncrl import *\nimport torch\nclass Own(torch.nn.Module):\n"
+        " __init__ = lambda self, *spaces: super().__init__()\n"
+        " initial_state = lambda self, B: ()\n"
+        " def forward(self, *x):\n  a, b = [1, 2, 3]\n"
+        f"config = Config(EnvConfig('CartPole-v1'), {part})"
+    )
+    message = refusal(capfd, "train", launch_file, "x")
+    words = f"(line 7) cannot be used: RuntimeError: the {who} raised ValueError: too many values"
+    assert words in message and 'launch.py", line 7, in forward' in message
     assert not runs.exists()
 
 

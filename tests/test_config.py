@@ -21,7 +21,7 @@ from asyncrl import (
     PPOConfig,
     ReplayConfig,
 )  # fmt: skip
-from asyncrl.config import ConfigError, complete, load_launch_file
+from asyncrl.config import ConfigError, complete, load_launch_file, resolve
 
 NAN = float("nan")
 CONFIG = Config(EnvConfig("CartPole-v1"))
@@ -97,3 +97,34 @@ def test_a_launch_file_that_raises_is_named_with_its_line(tmp_path, source, word
     (tmp_path / "launch.py").write_bytes(source)
     with pytest.raises(ConfigError, match=words):
         load_launch_file(tmp_path / "launch.py")
+
+
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        ("Config(3, total_env_steps='many')", "Config.env to be EnvConfig, got 3"),
+        ("Config(EnvConfig('x'), seed='1')", "Config.seed to be int, got '1'"),
+        ("ActorConfig(envs_per_lane='2')", "ActorConfig.envs_per_lane to be int, got '2'"),
+        ("Mixture(Part('a', Greedy()))", r"Mixture.parts to be tuple\[.*, got Part\(name='a'"),
+        ("Mixture((Greedy(),))", r"Mixture.parts to be tuple\[.*, got \(Greedy\(\),\)"),
+    ],
+)
+def test_a_type_that_is_not_the_declared_one_is_told_before_it_is_compared(tmp_path, source, words):
+    (tmp_path / "launch.py").write_text(f"from asyncrl import *\nconfig = {source}")
+    with pytest.raises(ConfigError, match=rf"launch.py \(line 2\) .* used: expected {words}"):
+        load_launch_file(tmp_path / "launch.py")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "field, words",
+    [
+        ("env='CartPole-v1'", r"EnvConfig, got 'CartPole-v1'; write EnvConfig\('CartPole-v1'\)$"),
+        ("env=lambda n: 3", r"EnvConfig, got <lambda> \(.*launch.py:2\)$"),
+        ("env=EnvConfig('x'), model=3", "a function of .* got 3; write model=lambda obs, act: ..."),
+    ],
+)
+def test_fields_are_looked_at_before_the_options(tmp_path, field, words):
+    (tmp_path / "launch.py").write_text(f"from asyncrl import *\nconfig = Config({field})")
+    with pytest.raises(ConfigError, match=words):
+        resolve(tmp_path / "launch.py", [])

@@ -400,7 +400,22 @@ def test_seeds_differ_by_lane_and_generation():
         (EnvConfig(lambda n: counting_env.make_one()), "VectorEnv, got CountingEnv"),
         (EnvConfig("CartPole-v1", protocol="classic"), "starts with 'ALE/'"),
         (EnvConfig("CartPole-v1", atari={"noop_max": 1}), "use env.kwargs"),
-        (EnvConfig(lambda n: None, vectorization="async"), "makes its own vector env"),
+        (EnvConfig(lambda n: None, vectorization="async"), r"<lambda> \(.*test_envs.py:\d+\) is"),
+        (
+            EnvConfig("tests.counting_env:CountingEnv", vectorization="async"),
+            "called with num_envs to make a vector env itself; for single environments gymnasium",
+        ),
+        (EnvConfig(counting_env.CountingEnv), r"got CountingEnv, a class of single environments"),
+        (
+            EnvConfig("tests.counting_env:CountingEnv"),
+            r"as lambda num_envs: SyncVectorEnv\(\[CountingEnv\] \* num_envs\), or gymnasium.reg",
+        ),
+        (
+            EnvConfig("tests.counting_env:make_one"),
+            r"expected tests.counting_env:make_one to take num_envs, got \(\); write def make\(",
+        ),
+        (EnvConfig(lambda: None), r"expected .*<lambda> \(.*:\d+\) to take num_envs, got \(\);"),
+        (EnvConfig(lambda n: 3), r"expected .*<lambda> \(.*:\d+\) to make a .*VectorEnv, got int"),
         (atari(kwargs={"stack_num": 4}), "expected stack_num=1, got 4"),
         (atari(atari={"reward_clipping": True}), "expected reward_clipping=False"),
         (atari(kwargs={"episodic_life": True}), "expected episodic_life=False"),

@@ -15,9 +15,10 @@ from gymnasium.wrappers import FrameStackObservation
 from asyncrl.algorithms.distributions import unsquash
 from asyncrl.models import ModelConfig, Network
 from asyncrl.models.contract import try_model
-from asyncrl.models.cores import LSTM, FrameStack
+from asyncrl.models.cores import FrameStack
 from asyncrl.models.heads import ActorCriticHead, Gaussian, QHead
 from asyncrl.models.layers import StreamConfig
+from asyncrl.models.lstm import LSTM
 from asyncrl.models.memory import states_before
 from asyncrl.models.normalizers import PopArt, RunningStatistics
 from asyncrl.models.return_heads import C51, IQN
@@ -782,3 +783,37 @@ def test_a_model_that_begins_with_what_is_no_number_is_refused():
         next(model.parameters()).view(-1)[0] = torch.nan
     with pytest.raises(ValueError, match=r"expected finite parameters, got others in .*weight"):
         try_model(model, "q", space, action_space)
+
+
+class Own(torch.nn.Module):
+    """Returns what it is told to."""
+
+    def __init__(self, *returned, begins=None):
+        super().__init__()
+        self.returned, self.begins = returned, begins or {}
+
+    def initial_state(self, num_envs):
+        return self.begins
+
+    def forward(self, obs, first, state):
+        return self.returned[0] if len(self.returned) == 1 else self.returned
+
+
+Q = {"q": torch.zeros(2, 3, 2), "value": torch.zeros(2, 3)}
+
+
+@pytest.mark.parametrize(
+    "model, words",
+    [
+        (Own(Q), r"to return \(outputs, state\), got a dict; return outputs, state: a model has"),
+        (Own(Q["q"]), "got a Tensor; return outputs, state"),
+        (Own(Q["q"], {}), r"got a tuple of \['Tensor', 'dict'\]; return outputs"),
+        (Own(Q, {}, {}), r"got a tuple of \['dict', 'dict', 'dict'\]"),
+        (Own(Q, None), r"a state like the one it was given, got NoneType after \{\}"),
+    ],
+)
+def test_a_model_that_returns_something_else_is_refused_in_words(model, words):
+    spaces_ = spaces.Box(-1, 1, (3,)), spaces.Discrete(2)
+    try_model(Own(Q, {}), "q", *spaces_)
+    with pytest.raises(ValueError, match=words):
+        try_model(model, "q", *spaces_)

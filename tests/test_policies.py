@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from math import atanh, exp, inf, log, nan, prod, tanh
@@ -26,9 +27,11 @@ from asyncrl.policies import (
     Sample,
     Softmax,
     as_mixture,
+    check_policy,
     unroll_rng,
 )
 from asyncrl.schedules import Linear, Piecewise, value_at
+from asyncrl.switch_policies import RandomSwitch, Switch
 
 Q = np.float32([[0.5, 2.0, 1.0], [3.0, 2.5, -1.0]])  # (B, A): best are 1 and 0
 STEP = np.zeros(2, np.int64)
@@ -478,3 +481,114 @@ def test_numbers_and_schedules_that_leave_their_range_are_refused():
     EpsilonGreedy(Linear(1, 0, 9)), Softmax(Vanishing(0.1)), EpsilonLadder(1.0)
     with pytest.raises(ValueError, match=r"expected epsilon of .* got 2 at 9 env steps of Piece"):
         EpsilonGreedy(Piecewise((9,), (0.1, 2.0)))
+
+
+# -- what a policy of a user's own gets wrong ----------------------------------------------------
+
+TWO, SURE = spaces.Discrete(2), np.zeros(3, np.float32)
+OUTPUTS = {"q": np.float32([[0, 1], [1, 0], [2, 1]])}
+
+
+class Own:
+    """Begins with one state, and returns what it was given."""
+
+    def __init__(self, *returned, begins=()):
+        self.returned, self.begins = returned, begins
+
+    def initial_state(self, num_envs):
+        return self.begins
+
+    def __call__(self, outputs, state, first, step, context, rng):
+        return self.returned
+
+
+def zeros(dtype=np.int64, shape=3) -> np.ndarray:
+    return np.zeros(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    "own, words",
+    [
+        (Own(np.full(3, 0.5), SURE, ()), r"actions int64 \(3,\) .* got float64 \(3,\) and float32"),
+        (Own([0, 0, 0], SURE, ()), "numpy arrays, .* got list and float32"),
+        (Own(zeros(), None, ()), "numpy arrays, .* got int64 .* and NoneType"),
+        (Own(zeros(shape=2), SURE, ()), r"got int64 \(2,\) and"),
+        (Own(zeros(), SURE + nan, ()), r"log-probabilities from the policy odd, got \[nan, nan"),
+        (Own(zeros() + 2, SURE, ()), r"policy odd: actions: expected 0 to 1, got \[2, 2, 2\] for"),
+        (Own(zeros() - 1, SURE, ()), r"policy odd: actions: expected 0 to 1, got \[-1, -1, -1\]"),
+        (Own(zeros(), SURE), r"to return \(action, log_prob, state\), got a tuple of 2"),
+        (Own(zeros(), SURE, zeros()), r"like its initial_state\(3\), \(\), got int64 \(3,\)"),
+        (Own(zeros(), SURE, (), begins={"h": zeros()}), r"\{'h': 'int64 \(3,\)'\}, got \(\)"),
+        (Own(zeros(), SURE, zeros(int, 4), begins=zeros()), r"int64 \(3,\), got int64 \(4,\)"),
+        (Own(zeros(), SURE, zeros(float), begins=zeros()), r"int64 \(3,\), got float64 \(3,\)"),
+        (Own(zeros(), SURE, 1.0, begins=1), "int, got float"),
+        (lambda *x: None, r"with initial_state\(B\) for odd, got .*<lambda> without it: a policy"),
+        (Greedy, r"a policy for odd, got the class Greedy; write Greedy\(\)"),
+    ],
+)
+def test_what_a_policy_of_ones_own_gets_wrong_is_said_with_its_name(own, words):
+    part = Part("odd", own)
+    with pytest.raises(ValueError, match=words):
+        check_policy(Mixture((Part("fine", Random()), part)), OUTPUTS, TWO)
+    inside = (RandomSwitch(Greedy(), own), Switch(own, Greedy(), "odd"))
+    for switch, name in zip(inside, ("odd.other", "odd.before"), strict=True):
+        with pytest.raises(ValueError, match=name):
+            check_policy(Mixture((Part("odd", switch),)), OUTPUTS, TWO)
+
+
+def test_what_a_policy_of_ones_own_may_do():
+    for space in (TWO, spaces.Discrete(2, start=5), spaces.Discrete(2, dtype=np.int32)):
+        for dtype in (np.int64, np.int32, np.uint8, bool):
+            own = Own(zeros(dtype) + dtype(1), SURE.astype(float), {"a": (zeros(), 2)},
+                      begins={"a": (zeros(), 1)})  # fmt: skip
+            check_policy(as_mixture(own), OUTPUTS, space)
+    mean = np.zeros((3, 2), np.float32)
+    outputs = {"mean": mean, "log_std": mean, "low": mean - 1, "high": mean + np.array([1, inf])}
+    half = spaces.Box(np.float32([-1, -1]), np.float32([1, inf]))
+    check_policy(as_mixture(Sample()), outputs, half)  # its second may be less than -1
+    check_policy(as_mixture(Own(mean.astype(float), SURE, ())), outputs, half)
+    with pytest.raises(ValueError, match=r"the policy Own: actions: expected \[-1.0"):
+        check_policy(as_mixture(Own(mean + 2, SURE, ())), outputs, half)
+
+
+@pytest.mark.parametrize("others", [(), (Part("fine", Random()),)])
+def test_actions_that_later_become_fractions_are_refused_too(others):
+    mixture = Mixture((Part("odd", Own(np.full(3, 0.5), SURE, ())), *others))
+    state, rng, first = mixture.initial_state(3), unroll_rng(0, 0, 0), np.ones(3, bool)
+    with pytest.raises(ValueError, match=r"integers as actions of \('odd'.*got \['float64'"):
+        mixture(OUTPUTS, state, first, zeros(), Context(0), rng)
+
+
+class Failing(Own):
+    def __call__(self, outputs, state, first, step, context, rng):
+        raise ValueError("my own trouble")
+
+
+def test_an_error_within_a_policy_keeps_its_traceback():
+    """A ValueError is taken for a refusal in words, which asyncrl's own is."""
+    for own in (Failing(), RandomSwitch(Greedy(), Failing())):
+        with pytest.raises(RuntimeError, match="raised ValueError: my own trouble") as caught:
+            check_policy(as_mixture(own), OUTPUTS, TWO)
+        assert "my own trouble" in str(caught.traceback[-1].statement)
+    with pytest.raises(ValueError, match="this model has no distribution"):
+        check_policy(as_mixture(Sample()), OUTPUTS, TWO)
+
+
+def test_the_policy_of_the_documentation():
+    text = (Path(__file__).parents[1] / "docs" / "algorithms" / "mixtures.md").read_text()
+    named: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(code, named)
+    assert named["policy"].names == ("own", "warm", "bold")
+    sticky = named["Sticky"]()
+    check_policy(as_mixture(sticky), OUTPUTS, TWO)
+    B, rng = 30_000, unroll_rng(0, 0, 0)
+    outputs, state, context = {"q": zeros(np.float32, (B, 3))}, np.arange(B) % 3, Context(0)
+    first, step = np.arange(B) % 2 == 0, zeros(shape=B)
+    action, log_prob, after = sticky(outputs, state, first, step, context, rng)
+    assert np.array_equal(after, action)
+    for opens, stays in ((True, 1 / 3), (False, 0.75 + 0.25 / 3)):
+        here, same = first == opens, action == state
+        assert same[here].mean() == pytest.approx(stays, abs=0.02)
+        assert log_prob[here & same] == pytest.approx(log(stays))
+        assert log_prob[here & ~same] == pytest.approx(log((1 - stays) / 2))

@@ -10,6 +10,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from asyncrl.foreign import call
 from asyncrl.types import Field, Tree, space_fields, tree_leaves, tree_map
 
 CONTRACT = (
@@ -39,7 +40,8 @@ def try_model(
             f"{CONTRACT}; return {{}} where there is no memory"
         )
     T, B = 2, 3
-    state = model.initial_state(B)
+    who = f"the model {type(model).__name__}"
+    state = call(who, model.initial_state, B)
     for leaf in tree_leaves(state):
         if not isinstance(leaf, torch.Tensor) or leaf.shape[:1] != (B,):
             shape = tuple(getattr(leaf, "shape", ()))
@@ -58,7 +60,15 @@ def try_model(
     samples = [space.sample() for _ in range(T * B)]
     obs = tree_map(stacked, space_fields(observation_space), *samples)
     with torch.no_grad():
-        outputs, after = model(obs, torch.ones(T, B, dtype=torch.bool), state)
+        returned = call(who, model, obs, torch.ones(T, B, dtype=torch.bool), state)
+    kinds = [type(part).__name__ for part in returned] if isinstance(returned, tuple) else ()
+    if len(kinds) != 2 or not isinstance(returned[0], dict):
+        got = f"a tuple of {kinds}" if kinds else f"a {type(returned).__name__}"
+        raise ValueError(
+            f"expected {who} to return (outputs, state), got {got}; return outputs, state: "
+            f"{CONTRACT}"
+        )
+    outputs, after = returned
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise ValueError(
@@ -82,8 +92,14 @@ def try_model(
 
 
 def _fields(state: Tree) -> Tree:
-    """Per environment."""
-    return tree_map(lambda leaf: Field(tuple(leaf.shape[1:]), Field.of(leaf).dtype), state)
+    """Per environment; the types of what is no tensor."""
+
+    def field(leaf: Any) -> Field | str:
+        if not isinstance(leaf, Tensor):
+            return type(leaf).__name__
+        return Field(tuple(leaf.shape[1:]), Field.of(leaf).dtype)
+
+    return tree_map(field, state)
 
 
 def _expected(head: Any, space: spaces.Space) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,31 @@
+"""Code of the user's: called so that its errors stay its own, named so that it can be found."""
+
+from __future__ import annotations
+
+import functools
+import os
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+_PACKAGE = os.path.dirname(__file__) + os.sep
+
+
+def call(who: str, function: Callable, *arguments: Any) -> Any:
+    """What `function` returns. A ValueError that asyncrl did not raise itself comes as a
+    RuntimeError with the same traceback, for one of asyncrl's own is told without any."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        if traceback.extract_tb(error.__traceback__)[-1].filename.startswith(_PACKAGE):
+            raise
+        foreign = RuntimeError(f"{who} raised {type(error).__name__}: {error}")
+        raise foreign.with_traceback(error.__traceback__.tb_next) from None
+
+
+def name_of(thing: Any) -> str:
+    """A function by its name and line, a class by its name, anything else as it shows itself."""
+    thing = thing.func if isinstance(thing, functools.partial) else thing
+    name, code = getattr(thing, "__qualname__", None), getattr(thing, "__code__", None)
+    where = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+    return f"{name}{where}" if name else repr(thing)
