@@ -54,12 +54,21 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
     from asyncrl.config import resolve
     from asyncrl.describe import describe
     from asyncrl.envs import make_envs
+    from asyncrl.foreign import call
     from asyncrl.models.contract import try_model
     from asyncrl.policies import as_mixture, check_policy
     from asyncrl.stores.replay_config import fits_on_gpu
     from asyncrl.transport.weights import weights_fields
 
     config = resolve(launch_file, options, original)
+    envs = make_envs(config.env, 1)
+    observation_space, action_space = envs.observation_space, envs.action_space
+    envs.close()
+    model = call("the model's constructor", config.model, observation_space, action_space)
+    state, outputs = try_model(model, config.algorithm.head, observation_space, action_space)
+    mixture = as_mixture(config.policy)
+    outputs = {name: output[0].detach().float().numpy() for name, output in outputs.items()}
+    check_policy(mixture, outputs, action_space)
     measured = []
     if config.actor.num_actors == "auto":
         from asyncrl.costs import best_num_actors
@@ -68,14 +77,6 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
         config = replace(config, actor=replace(config.actor, num_actors=number))
         measured = ["--actor.num-actors", str(number)]
     actor = config.actor
-    envs = make_envs(config.env, 1)
-    observation_space, action_space = envs.observation_space, envs.action_space
-    envs.close()
-    model = config.model(observation_space, action_space)
-    state, outputs = try_model(model, config.algorithm.head, observation_space, action_space)
-    mixture = as_mixture(config.policy)
-    outputs = {name: output[0].detach().float().numpy() for name, output in outputs.items()}
-    check_policy(mixture, outputs, action_space)
     num_states = getattr(config.algorithm, "num_states", 1)
     sizes = actor.unroll_length, actor.envs_per_lane
     spec = Spec(*sizes, observation_space, action_space, state, num_states)

@@ -46,7 +46,7 @@ def make_visible(config: EnvConfig, num_envs: int, render_mode: str = "rgb_array
         if render_mode == "rgb_array":
             rendered(envs, 0)
     except (TypeError, RuntimeError, gym.error.Error) as error:
-        raise ValueError(f"{config.id}: {render_mode=} does not work: {error}") from error
+        raise ValueError(f"{config.name}: {render_mode=} does not work: {error}") from error
     return envs
 
 
@@ -77,7 +77,7 @@ class Twin:
             self.fps = 60 / self._envs.env_step_frames
         else:
             self.fps = self._envs.frames_per_second
-        self._name, self._num_steps = config.id, 0
+        self._name, self._num_steps = config.name, 0
 
     def reset(self) -> None:
         self._num_steps = 0
@@ -223,7 +223,7 @@ class Window:
             self._screen = pygame.display.set_mode((640, 480))
         except pygame.error as error:
             raise ValueError(f"expected a display for --render-mode human, got {error}") from error
-        pygame.display.set_caption(str(config.id))
+        pygame.display.set_caption(config.name)
         self._next = time.monotonic()
 
     def __call__(self, step: Step, action: np.ndarray) -> bool:

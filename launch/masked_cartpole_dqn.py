@@ -3,10 +3,9 @@
     ./run_main.sh masked_dqn launch/masked_cartpole_dqn.py
     ./run_main.sh masked_dqn_plain launch/masked_cartpole_dqn.py --profile feed_forward
 
-Hardware: 2 cores, no GPU; about 25 minutes.
-Score: no run of the full length was made with these settings yet; two with shorter or fewer
-sequences came to 268 and 304 in 100 and 30 greedy games. PPO with an LSTM does better:
-masked_cartpole_ppo.py.
+Hardware: 2 cores, no GPU; about 25 minutes, an hour beside other work.
+Score: 487.8 for seed 0; 100 greedy games with the last checkpoint. In training, where one action in
+25 is random, the last hundred games came to 392.
 """
 
 from dataclasses import replace
