@@ -32,7 +32,7 @@ class Screen:
 
     def _show(self) -> None:
         while not self._closing:
-            self._due.wait()
+            self._due.wait(5.0)
             self._due.clear()
             self._panel.refresh()
         self._panel.close()
