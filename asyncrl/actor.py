@@ -123,7 +123,7 @@ class Actor:
         self.policy, self.seed, self.generation = policy, seed, generation
         self.lanes = [LaneState(lane, ring, make_envs) for lane, ring in rings.items()]
         self.fresh: set[int] = set()  # lanes whose environments have not made their first step
-        self.words = [lane.ring.words for lane in self.lanes]
+        self.words = self.lanes[0].ring.words  # where it says how it is
         self._mark = time.monotonic_ns()
 
     def due(self) -> list[LaneState]:
@@ -266,11 +266,10 @@ class Actor:
         """Say that this actor is alive, and will be for some time without saying so while
         environments are made and make their first step."""
         now = time.monotonic_ns() + bool(self.fresh) * FIRST_STEP_NANOSECONDS
-        for words in self.words:
-            words[Word.BEAT] = now
+        self.words[Word.BEAT] = now
 
     def _spend(self, word: Word) -> None:
-        """Book the time since the last call; it stands in the first lane's words."""
+        """Book the time since the last call."""
         now = time.monotonic_ns()
-        self.words[0][word] += now - self._mark
+        self.words[word] += now - self._mark
         self._mark = now

@@ -192,8 +192,7 @@ class Supervisor:
         child.work_at_start = self._work(child)
         self.status.words[Status.DONE] &= not child.learns
         if child.role == "actor":
-            for ring in self._rings_of(child):
-                ring.words[Word.BEAT] = 0
+            self._rings_of(child)[0].words[Word.BEAT] = 0
         arguments = [child.role, str(child.index), str(self.folder), str(os.getpid())]
         with open_log(self._log_of(child)) as log:
             child.process = self.template.fork([*arguments, str(generation)], self.fds, log)
@@ -328,7 +327,7 @@ class Supervisor:
     def _last_beat(self, child: Child) -> tuple[float, float]:
         """(time of the last heartbeat, silence that means stuck), in seconds."""
         if child.role == "actor":
-            beat = max(ring.read(Word.BEAT) for ring in self._rings_of(child))
+            beat = self._rings_of(child)[0].read(Word.BEAT)
             return beat / 1e9, ACTOR_SECONDS
         word = Status.EVALUATOR_BEAT if child.role == "evaluator" else Status.LEARNER_BEAT
         return int(self.status.words[word]) / 1e9, LEARNER_SECONDS

@@ -169,6 +169,8 @@ def test_nobody_is_stuck_because_everything_was_paused(tmp_path):
     sleeper = Forked(os.posix_spawnp("sleep", ["sleep", "99"], os.environ))
     actor = Child("actor", 0, sleeper, started=1.0)
     supervisor, now = ending(tmp_path, actor), time.monotonic()
+    while actor.is_runnable() and time.monotonic() < now + 10:  # it still begins
+        time.sleep(0.01)
     supervisor._last_beat = lambda child: (now - 1_000, ACTOR_SECONDS)
     supervisor.looked_at = now - PAUSED_SECONDS - 1
     supervisor._look_at_hearts()

@@ -5,7 +5,8 @@ Pure: it works on any buffer and knows no process. Every shared word has one wri
     head       written by the actor:   unrolls committed
     tail       written by the learner: unrolls released
     permitted  written by the learner: unroll s may begin only if s < permitted
-    beat ...   written by the actor:   its heartbeat and where its time went (nanoseconds)
+    beat ...   written by the actor:   its heartbeat and where its time went (nanoseconds), in the
+                                       first of its lanes
     rebuilds   written by the actor:   how often its environments failed and were made anew
     gone       written by the supervisor: 1 once the actor is given up for good
 

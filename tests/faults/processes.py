@@ -200,8 +200,9 @@ def fault_13(lab: Lab) -> Outcome:
     run = lab.start("--evaluation.period-steps", 1_000)
     memory = lab.until_learning(run)
     lab.until(run, lambda: run.count("evaluated"), "an evaluation", 120)
-    learner, evaluations = run.find("learner 0"), run.count("evaluated")
+    learner = run.find("learner 0")
     at = kill(run.find("evaluator 0"))
+    evaluations = run.count("evaluated")  # by now it can have made no more
     lab.until(run, lambda: run.count("evaluated") > evaluations, "an evaluation again", 120)
     outcome.recovery_seconds.append(time.monotonic() - at)
     expect(run.count("death", "evaluator died: signal SIGKILL"), "its death was not recorded")
