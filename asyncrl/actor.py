@@ -118,7 +118,7 @@ class Actor:
         self.index, self.config, self.weights = index, config, weights
         self.device = torch.device(config.device)
         self.model = model.to(self.device).eval()
-        self.bfloat16 = computes_in_bfloat16(config.precision, self.device)
+        self.bfloat16 = computes_in_bfloat16(config.precision, self.device, self.model)
         self.noisy = noisy_layers(self.model)
         self.policy, self.seed, self.generation = policy, seed, generation
         self.lanes = [LaneState(lane, ring, make_envs) for lane, ring in rings.items()]

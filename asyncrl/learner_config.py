@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from asyncrl.limits import usable_cores
+from asyncrl.models.precision import is_large
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,7 @@ class LearnerConfig:
 
     def resolved_threads(self, model: torch.nn.Module) -> int:
         """Where layers are small, more threads would only wait for each other."""
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        return self.num_threads or (usable_cores() if parameters >= 300_000 else 1)
+        return self.num_threads or (usable_cores() if is_large(model) else 1)
 
     def resolved_device(self) -> torch.device:
         if self.device != "auto":

@@ -44,14 +44,11 @@ def hardware() -> dict:
     """What the figures were taken on."""
     import torch
 
-    from asyncrl.models.precision import computes_in_bfloat16
-
     info = Path("/proc/cpuinfo").read_text()
     about = dict(line.split("\t: ", 1) for line in info.splitlines() if "\t: " in line)
     about = {name.strip(): value for name, value in about.items()}
     wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "cpu": about.get("model name", "unknown"),
         "cores": len(os.sched_getaffinity(0)),
@@ -60,7 +57,6 @@ def hardware() -> dict:
         "gpu": gpu,
         "flags": [flag for flag in wanted if flag in about.get("flags", "").split()],
         "torch": torch.__version__,
-        "precision": "bfloat16" if computes_in_bfloat16("auto", device) else "float32",
         "load_before": round(os.getloadavg()[0], 2),  # 1 minute; a quiet machine has about 0
     }
 
@@ -108,8 +104,8 @@ class Report:
         h = self.hardware
         print(
             f"\n{h['cpu']}, {h['cores']} of {h['cores_of_the_machine']} cores, "
-            f"{h['memory_gb']} GB, {h['gpu']}; torch {h['torch']}, {h['precision']} by precision "
-            f"auto ({' '.join(h['flags'])}); load before: {h['load_before']}"
+            f"{h['memory_gb']} GB, {h['gpu']}; torch {h['torch']}; "
+            f"{' '.join(h['flags'])}; load before: {h['load_before']}"
         )
         if self.options.output:
             data = {"benchmark": self.name, "time": time.strftime("%Y-%m-%d %H:%M:%S"),

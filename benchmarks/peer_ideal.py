@@ -63,7 +63,7 @@ def time_inference(config, unroll: bytearray) -> Cost:
     views, state = spec.layout.views(unroll), model.initial_state(B)
     obs = tree_map(lambda part: torch.from_numpy(part[:1].copy()).to(device), views.obs)
     first = torch.zeros((1, B), dtype=torch.bool, device=device)
-    bfloat16 = computes_in_bfloat16(config.actor.precision, device)
+    bfloat16 = computes_in_bfloat16(config.actor.precision, device, model)
     torch.set_num_threads(config.actor.num_threads)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
         return timed(lambda: [out.cpu() for out in model(obs, first, state)[0].values()], B)

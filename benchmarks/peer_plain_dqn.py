@@ -42,7 +42,6 @@ def main() -> None:
     torch.set_num_threads(usable_cores())
     torch.set_flush_denormal(True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bfloat16 = computes_in_bfloat16("auto", device)
     gym.register_envs(ale_py)
     config = resolve(REPOSITORY / "launch" / "breakout_dqn.py", [])
     B = config.actor.lanes_per_actor * config.actor.envs_per_lane
@@ -50,6 +49,7 @@ def main() -> None:
     envs = gym.make_vec(config.env.id, B, "vector_entry_point", **settings)
     num_actions, rng = int(envs.single_action_space.n), np.random.default_rng(seed)
     net = nature(num_actions).to(device, memory_format=torch.channels_last)
+    bfloat16 = computes_in_bfloat16("auto", device, net)
     target = deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-4, fused=True)
     rows = CAPACITY // B

@@ -90,7 +90,6 @@ def main() -> None:
     torch.set_num_threads(usable_cores() if pixels else 1)
     torch.set_flush_denormal(True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bfloat16 = computes_in_bfloat16("auto", device)
     gym.register_envs(ale_py)
     launch = f"breakout_{task}.py" if pixels else f"{task}.py"
     env = resolve(REPOSITORY / "launch" / launch, []).env
@@ -102,6 +101,7 @@ def main() -> None:
         envs = gym.make_vec(env.id, B, "sync", {"autoreset_mode": AutoresetMode.SAME_STEP})
         num_inputs, num_actions = envs.single_observation_space.shape[0], envs.single_action_space.n
         net = SmallNet(num_inputs, int(num_actions)).to(device)
+    bfloat16 = computes_in_bfloat16("auto", device, net)
     if task == "a2c":
         optimizer = torch.optim.RMSprop(net.parameters(), lr=shape.learning_rate, eps=1e-5)
     else:

@@ -130,7 +130,7 @@ class Bench:
 def pull_weights(buffer: WeightsBuffer, model, pipe) -> None:
     """The acting process: pulls when told to, and loads its own copy of the net."""
     reader = WeightsReader(buffer)
-    if computes_in_bfloat16("auto", torch.device("cpu")):
+    if computes_in_bfloat16("auto", torch.device("cpu"), model):
         model.to(torch.bfloat16)
     while pipe.recv():
         begun = time.perf_counter()

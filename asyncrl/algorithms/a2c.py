@@ -93,7 +93,7 @@ class A2C:
             self.model, config.learning_rate, config.max_grad_norm, config.optimizer_eps,
             config.optimizer,
         )  # fmt: skip
-        self.bfloat16 = computes_in_bfloat16(config.precision, device)
+        self.bfloat16 = computes_in_bfloat16(config.precision, device, self.model)
 
     @property
     def updates(self) -> int:

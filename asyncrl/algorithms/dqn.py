@@ -70,7 +70,7 @@ class DQN:
         self.descend = GradientStep(
             self.model, config.learning_rate, config.max_grad_norm, config.adam_eps
         )
-        self.bfloat16 = computes_in_bfloat16(config.precision, device)
+        self.bfloat16 = computes_in_bfloat16(config.precision, device, self.model)
         self.noisy = noisy_layers(self.model, self.target)
         self.head, self.refreshes = config.head, False
         self.chooses = config.double and not config.munchausen  # the online net, the next action

@@ -158,7 +158,7 @@ class PPO:
             self.model, config.learning_rate, config.max_grad_norm, config.optimizer_eps,
             config.optimizer,
         )  # fmt: skip
-        self.bfloat16 = computes_in_bfloat16(config.precision, device)
+        self.bfloat16 = computes_in_bfloat16(config.precision, device, self.model)
         self.generator = torch.Generator()
         self.beat: Callable[[], bool] = lambda: False  # called at each step; whether to stop there
 

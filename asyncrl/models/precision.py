@@ -5,15 +5,27 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch import nn
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
-def computes_in_bfloat16(precision: Precision, device: torch.device) -> bool:
-    """Whether `precision` means bfloat16 on this device; without matrix units for it, bfloat16 is
-    several times slower than float32 on a CPU."""
+def computes_in_bfloat16(precision: Precision, device: torch.device, model: nn.Module) -> bool:
+    """Whether `precision` means bfloat16 for this model on this device.
+
+    "auto" wants a large model, for a small one loses by the conversions, and hardware that
+    multiplies bfloat16; a CPU without instructions for it is several times slower than in float32.
+    """
     if precision != "auto":
         return precision == "bfloat16"
+    if not is_large(model):
+        return False
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def is_large(model: nn.Module) -> bool:
+    """Whether arithmetic outweighs the overhead of its operations on a CPU: the Nature net's does,
+    that of a few layers of hundreds of units does not."""
+    return sum(parameter.numel() for parameter in model.parameters()) >= 300_000
