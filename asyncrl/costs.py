@@ -157,13 +157,12 @@ def time_actor(config) -> tuple[Cost, list[bytearray]]:
 
 def time_learner(config, unrolls: list[bytearray], num_threads: int) -> Cost:
     """What the learner costs alone: taking unrolls in, and the updates they allow."""
-    import torch
 
     spec, model = wire(config)
     algorithm = config.algorithm.build(model, config.learner.resolved_device())
     num_lanes = config.actor.num_lanes
     store = algorithm.store(spec, num_lanes, config.seed)
-    torch.set_num_threads(num_threads)
+    algorithm.teams.use(num_threads)
     rounds, spent = 0, [0.0, 0.0]
 
     def insert_round() -> None:

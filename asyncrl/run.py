@@ -191,7 +191,7 @@ def run_learner(process: Process, index: int, generation: int) -> None:
     on_gpu = config.resolved_device().type == "cuda"
     adapts = not (turn_based or config.num_threads or on_gpu)
     learner.threads = Threads(
-        halves(threads) if adapts else [threads], torch.set_num_threads,
+        halves(threads) if adapts else [threads], learner.algorithm.teams.use,
         lambda text: learner.events.event("learner", text),
     )  # fmt: skip
     status = links.status

@@ -271,7 +271,7 @@ def test_passes_stop_behind_the_step_that_went_too_far():
     config = replace(PPO, epochs=5, num_minibatches=2, learning_rate=0.05)
     rollout, measured = random_rollout(np.random.default_rng(0)), []
     algorithm = built(config)
-    rollout = rollout._replace(log_prob=ac.evaluate(algorithm.model, rollout, 1000)[1])
+    rollout = rollout._replace(log_prob=ac.evaluate(algorithm.teams.forward, rollout, 1000)[1])
     step = algorithm._step
     algorithm._step = lambda *x: measured.append(step(*x)) or measured[-1]
     algorithm.update(Given(rollout))
@@ -342,7 +342,7 @@ def test_with_popart_the_step_does_not_depend_on_the_size_of_rewards(normalize_a
 def test_the_clip_of_ppo_follows_env_steps():
     algorithm = built(replace(PPO, clip_ratio=Linear(0.2, 0.0, 100), learning_rate=0.0))
     rollout = random_rollout(np.random.default_rng(0))
-    current = ac.evaluate(algorithm.model, rollout, 1000)[1]
+    current = ac.evaluate(algorithm.teams.forward, rollout, 1000)[1]
     rollout = rollout._replace(log_prob=current - np.log(1.15))
     shares = [algorithm.update(Given(rollout, at))["loss/clipped"].item() for at in (0, 20, 30)]
     assert shares == [0, 0, 1]  # clipped at 0.2, 0.16 and 0.14
@@ -436,7 +436,7 @@ def test_on_policy_v_trace_is_the_full_return():
     model = Plain()
     for seed in range(5):
         rollout = random_rollout(np.random.default_rng(seed), model)
-        value, current = ac.evaluate(model, rollout, 1000)
+        value, current = ac.evaluate(lambda *inputs: model(*inputs)[0], rollout, 1000)
         torch.testing.assert_close(current, rollout.log_prob, atol=1e-6, rtol=0)
         for reward_clip in (0.0, 0.5):
             rest = rollout, value, current, 0.9

@@ -226,6 +226,21 @@ def test_q_of_an_mdp_solved_by_hand(double):
     np.testing.assert_allclose(dqn.model.table.detach(), [[1.5, 3], [3.5, 4]], atol=0.002)
 
 
+@pytest.mark.parametrize("changes", [{}, {"double": True}, {"munchausen": 0.9}], ids=str)
+def test_two_teams_make_the_same_updates(changes):
+    threads = torch.get_num_threads()
+    dqn, twin = make_dqn(**changes), make_dqn(**changes)
+    twin.teams.use(2)
+    assert twin.teams.count == 2
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(9):
+        numbers = [torch.randint(0, 2, (8,), generator=rng).tolist() for _ in range(3)]
+        store = Store(make_sample(torch.randn((1, 8), generator=rng).tolist(), *numbers))
+        assert dqn.update(store) == twin.update(store)
+        assert torch.equal(dqn.model.table, twin.model.table)
+    torch.set_num_threads(threads)
+
+
 def test_a_restored_dqn_goes_on_bit_by_bit():
     rng = torch.Generator().manual_seed(0)
     shape = (1, 8)

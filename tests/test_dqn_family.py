@@ -191,8 +191,9 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("case", CASES)
-def test_the_loss_of_sequences_by_a_slow_formula(case):
+def test_the_loss_of_sequences_by_a_slow_formula(case, threads):
     """Each row stepped and each window summed by itself; then priorities, refreshed states and the
     burn-in of both nets from the stored state."""
     torch.manual_seed(0)
@@ -209,6 +210,7 @@ def test_the_loss_of_sequences_by_a_slow_formula(case):
     dqn = DQN(config, model, CPU)
     dqn.target.load_state_dict(other.state_dict())
     dqn.refreshes = True
+    dqn.teams.use(threads)
     last = config.loss_on == "last"
     batch = random_sequences(model, config.burn_in, config.n_step, last)
     online, _ = step_by_step(model, batch)

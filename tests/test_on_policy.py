@@ -204,12 +204,13 @@ def test_the_learner_finds_the_log_probabilities_that_were_sent(name, space, mod
         resets += int((~rollout.valid).sum())
         crossed += int((~rollout.first[0]).sum())
         for rows in (1, 13, 1000):
-            value, log_prob = ac.evaluate(box.algorithm.model, rollout, rows)
+            value, log_prob = ac.evaluate(box.algorithm.teams.forward, rollout, rows)
             assert value.shape == (6, 4)
             torch.testing.assert_close(log_prob, rollout.log_prob, rtol=0, atol=1e-5)
         if turn:
             zeros = {name: torch.zeros_like(part) for name, part in rollout.state.items()}
-            _, without = ac.evaluate(box.algorithm.model, rollout._replace(state=zeros), 1000)
+            forgetful = rollout._replace(state=zeros)
+            _, without = ac.evaluate(box.algorithm.teams.forward, forgetful, 1000)
             difference = (without - rollout.log_prob).abs()
             forgot = max(forgot, float(difference.max()))
             assert (difference * (rollout.first[:5].cumsum(0) > 0)).max() < 1e-5
@@ -231,7 +232,7 @@ def test_a_normaliser_moves_only_between_rollouts(tmp_path):
         for _ in range(4):
             box.collect()
             rollout = box.next_rollout()
-            _, log_prob = ac.evaluate(box.algorithm.model, rollout, 1000)
+            _, log_prob = ac.evaluate(box.algorithm.teams.forward, rollout, 1000)
             torch.testing.assert_close(log_prob, rollout.log_prob, rtol=0, atol=1e-5)
             box.learner.learn(1)
             seen += int(rollout.valid.sum())
@@ -292,7 +293,7 @@ def test_what_is_truncated_bootstraps_from_its_true_final_observation(tmp_path):
     for _ in range(6):
         box.collect()
         rollout = box.next_rollout()
-        value, log_prob = ac.evaluate(box.algorithm.model, rollout, 1000)
+        value, log_prob = ac.evaluate(box.algorithm.teams.forward, rollout, 1000)
         bias = box.algorithm.model.bias.item()
         rest = rollout, value, log_prob, gamma
         for one_step in (
@@ -378,7 +379,7 @@ def test_a_resumed_learner_is_the_one_that_stopped(name, tmp_path):
         assert states[0][0].keys() == states[1][0].keys() and states[0][1] == states[1][1]
         for key, array in states[0][0].items():
             np.testing.assert_array_equal(array, states[1][0][key], err_msg=key)
-        outputs = [ac.evaluate(b.algorithm.model, rollout, 1000) for b in (box, again)]
+        outputs = [ac.evaluate(b.algorithm.teams.forward, rollout, 1000) for b in (box, again)]
         assert torch.equal(outputs[0][0], outputs[1][0])
         assert torch.equal(outputs[0][1], outputs[1][1])
         assert box.learner.learn(1) == again.learner.learn(1)

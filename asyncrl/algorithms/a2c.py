@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from asyncrl.algorithms import actor_critic as ac
 from asyncrl.algorithms.distributions import entropy, log_prob
 from asyncrl.algorithms.gradient import GradientStep, OptimizerName, check_gradient_settings
+from asyncrl.algorithms.teams import Teams
 from asyncrl.models.precision import Precision, computes_in_bfloat16
 from asyncrl.policies import Sample
 from asyncrl.schedules import value_at
@@ -94,6 +95,7 @@ class A2C:
             config.optimizer,
         )  # fmt: skip
         self.bfloat16 = computes_in_bfloat16(config.precision, device, self.model)
+        self.teams = Teams(self.model, device)
 
     @property
     def updates(self) -> int:
@@ -109,7 +111,7 @@ class A2C:
         config, rollout = self.config, store.sample(self.device)
         valid, env_steps = rollout.valid, store.limiter.inserted
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            outputs, _ = self.model(rollout.obs, rollout.first, rollout.state)
+            outputs = self.teams.forward(rollout.obs, rollout.first, rollout.state)
         value = outputs["value"]
         outputs = {name: output[:-1] for name, output in outputs.items()}
         current = log_prob(outputs, rollout.action)

@@ -5,6 +5,7 @@ All losses are means over valid steps at fixed shapes: a reset step has weight 0
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -103,10 +104,13 @@ def explained_variance(value: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     return 1 - error_variance / mean((target - mean(target, valid)).square(), valid).clamp(min=1e-8)
 
 
-def evaluate(model: nn.Module, rollout: Rollout, rows: int) -> tuple[Tensor, Tensor]:
-    """(value (T+1, N), log_prob (T, N)) of a rollout by the current weights, without gradient.
+def evaluate(
+    forward: Callable[..., dict[str, Tensor]], rollout: Rollout, rows: int
+) -> tuple[Tensor, Tensor]:
+    """(value (T+1, N), log_prob (T, N)) of a rollout, without gradient.
 
-    About `rows` observations at a time go through the net, whole sequences always.
+    forward(obs, first, state) gives a model's outputs. About `rows` observations at a time go
+    through it, whole sequences always.
     """
     T, N = rollout.action.shape[:2]
     columns = max(1, rows // T)
@@ -116,7 +120,7 @@ def evaluate(model: nn.Module, rollout: Rollout, rows: int) -> tuple[Tensor, Ten
             envs = slice(begin, begin + columns)
             obs = tree_map(lambda leaf: leaf[:, envs], rollout.obs)  # noqa: B023
             state = tree_map(lambda leaf: leaf[envs], rollout.state)  # noqa: B023
-            outputs, _ = model(obs, rollout.first[:, envs], state)
+            outputs = forward(obs, rollout.first[:, envs], state)
             values.append(outputs["value"])
             acted = {name: output[:T] for name, output in outputs.items()}
             log_probs.append(log_prob(acted, rollout.action[:, envs]))

@@ -7,6 +7,7 @@ Rainbow (Hessel et al. 2018). QR-DQN and IQN: Dabney et al. 2018. Munchausen: Vi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from asyncrl.algorithms import value_distributions as vd
 from asyncrl.algorithms.dqn_config import DQNConfig, is_recurrent
 from asyncrl.algorithms.gradient import GradientStep
 from asyncrl.algorithms.returns import n_step_return
+from asyncrl.algorithms.teams import Teams
 from asyncrl.models.layers import noisy_layers
 from asyncrl.models.memory import states_before
 from asyncrl.models.precision import computes_in_bfloat16
@@ -72,6 +74,7 @@ class DQN:
         )
         self.bfloat16 = computes_in_bfloat16(config.precision, device, self.model)
         self.noisy = noisy_layers(self.model, self.target)
+        self.teams = Teams(self.model, device)
         self.head, self.refreshes = config.head, False
         self.chooses = config.double and not config.munchausen  # the online net, the next action
 
@@ -133,12 +136,21 @@ class DQN:
         )
         now = sample.obs, sample.first, sample.state
         later = sample.next_obs, sample.next_first, sample.next_state
-        with torch.no_grad(), self._autocast():
-            next_target = self.target(*later)[0]
-            next_online = self.model(*later)[0] if self.chooses else next_target
-            before = self.target(*now)[0] if config.munchausen else {}
-        with self._autocast():
-            outputs = self.model(*now)[0]
+
+        def online() -> tuple[Tree, Tree]:
+            next_online = {}
+            if self.chooses:
+                with torch.no_grad(), self._autocast():
+                    next_online = self.model(*later)[0]
+            with self._autocast():
+                return self.model(*now)[0], next_online
+
+        def target() -> tuple[Tree, Tree]:
+            with torch.no_grad(), self._autocast():
+                before = self.target(*now)[0] if config.munchausen else {}
+                return self.target(*later)[0], before
+
+        (outputs, next_online), (next_target, before) = self.teams.both(online, target)
         following = self._following(_at(next_target, 0), _at(next_online, 0))
         return Batch(
             _at(outputs, 0), _at(before, 0), sample.action.long(), returns, discount, following,
@@ -149,13 +161,24 @@ class DQN:
         """Both nets go through whole sequences; the online one learns behind the burn-in."""
         config, batch = self.config, self._to_device(store.sample_sequences())
         warm_up, rest = slice(config.burn_in), slice(config.burn_in, None)
-        length, state = config.sequence_length, batch.state
-        with torch.no_grad(), self._autocast():
-            target = _at(self._target_outputs(batch, store), rest)
+        length, rows = config.sequence_length, store.refresh_rows if self.refreshes else ()
+
+        def online() -> Tree:
+            state = batch.state
             if config.burn_in:
-                _, state = self.model(_at(batch.obs, warm_up), batch.first[warm_up], state)
-        with self._autocast():
-            online, _ = self.model(_at(batch.obs, rest), batch.first[rest], state)
+                with torch.no_grad(), self._autocast():
+                    _, state = self.model(_at(batch.obs, warm_up), batch.first[warm_up], state)
+            with self._autocast():
+                return self.model(_at(batch.obs, rest), batch.first[rest], state)[0]
+
+        def target() -> tuple[Tree, Tree]:
+            with torch.no_grad(), self._autocast():
+                return self._target_outputs(batch, rows)
+
+        online, (target, states) = self.teams.both(online, target)
+        if rows:
+            store.write_states(batch.index, states)
+        target = _at(target, rest)
         returns, discount, end = vd.windows(
             self._clip(batch.reward[rest]), batch.terminated[rest], batch.truncated[rest],
             config.gamma, config.n_step, length,
@@ -169,15 +192,10 @@ class DQN:
             following, weight, batch.index,
         )  # fmt: skip
 
-    def _target_outputs(self, batch: Any, store: Replay) -> dict[str, Tensor]:
-        """(T+1, N, ...) of the target net; states it passes through refresh the stored ones."""
+    def _target_outputs(self, batch: Any, rows: Sequence[int]) -> tuple[Tree, Tree]:
+        """(T+1, N, ...) of the target net, and the states it is in before some rows."""
         inputs = batch.obs, batch.first, batch.state
-        rows = store.refresh_rows if self.refreshes else ()
-        if not rows:
-            return self.target(*inputs)[0]
-        outputs, states = states_before(self.target, *inputs, rows)
-        store.write_states(batch.index, states)
-        return outputs
+        return states_before(self.target, *inputs, rows) if rows else (self.target(*inputs)[0], {})
 
     def _following(self, target: dict[str, Tensor], online: dict[str, Tensor]) -> vd.Return:
         """(.., M) return from observations on, in true units, by both nets' outputs there."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from asyncrl.algorithms import actor_critic as ac
 from asyncrl.algorithms.distributions import entropy, log_prob
 from asyncrl.algorithms.gradient import GradientStep, OptimizerName, check_gradient_settings
+from asyncrl.algorithms.teams import Teams
 from asyncrl.models.precision import Precision, computes_in_bfloat16
 from asyncrl.policies import Sample
 from asyncrl.schedules import value_at
@@ -159,6 +160,7 @@ class PPO:
             config.optimizer,
         )  # fmt: skip
         self.bfloat16 = computes_in_bfloat16(config.precision, device, self.model)
+        self.teams = Teams(self.model, device)
         self.generator = torch.Generator()
         self.beat: Callable[[], bool] = lambda: False  # called at each step; whether to stop there
 
@@ -184,7 +186,8 @@ class PPO:
         pieces = N if self.of_sequences else T * N
         size = max(1, pieces // config.num_minibatches)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            value, current = ac.evaluate(self.model, rollout, T * N // config.num_minibatches)
+            rows = T * N // config.num_minibatches
+            value, current = ac.evaluate(self.teams.forward, rollout, rows)
         target = ac.targets(
             config.estimator, rollout, value, current, config.gamma, config.lambda_,
             config.n_step, config.reward_clip,
@@ -241,7 +244,7 @@ class PPO:
                 column[:, envs] for column in columns
             )
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-                outputs, _ = self.model(obs, first, state)
+                outputs = self.teams.forward(obs, first, state)
             policy, ratio = ppo_loss(
                 log_prob(outputs, action), behaviour, advantage, valid, clip_ratio
             )

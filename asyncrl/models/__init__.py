@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from asyncrl.models.config import ModelConfig
 from asyncrl.models.cores import FrameStack
 from asyncrl.models.heads import ActorCriticHead, QHead
-from asyncrl.models.layers import StreamConfig
+from asyncrl.models.layers import SpectralConv2d, StreamConfig
 from asyncrl.models.lstm import LSTM
 from asyncrl.models.normalizers import ObservationNormalizer
 from asyncrl.models.torsos import encoder, has_image
@@ -87,6 +87,9 @@ class Network(nn.Module):
             stream = StreamConfig(features, width, activation, config.noisy)
             build = QHead if config.head in ("auto", "q") else config.head.build
             self.head = build(stream, action_space, config.dueling)
+
+        # Two threads may be in it at once: its forward pass changes nothing in it.
+        self.pure = not any(isinstance(layer, SpectralConv2d) for layer in self.modules())
 
     def initial_state(self, num_envs: int) -> dict[str, Tensor]:
         cores = [] if self.is_tree else [self.stack]
