@@ -76,7 +76,7 @@ def main() -> None:
     config, cores = small_replay(resolve(Path(launch), options)), usable_cores()
     _, unrolls = time_actor(config)
     stepping, inference = time_envs(config), time_inference(config, unrolls[0])
-    acting = Cost(*(a + b for a, b in zip(stepping, inference, strict=True)))
+    acting = Cost(stepping.wall + inference.wall, stepping.cpu + inference.cpu)
     found = []
     for threads in sorted({1, cores}):
         learning = time_learner(config, unrolls, threads)
