@@ -1,9 +1,10 @@
 """How many threads learn: as many as is fastest while the run goes on.
 
-More threads are faster on a quiet machine and far slower on a busy one: those of OpenMP wait for
-each other after every layer, and where one of them is given no processor an update may take 20
-times as long. So other numbers are tried, for a few updates: now and then, and when updates have
-become slower; a faster one is kept.
+More threads are faster on a quiet machine and may be far slower on a busy one: where those of
+OpenMP share out every layer they wait for each other after each, and where one of them is given no
+processor an update may take 20 times as long. (How they share the work: `algorithms/teams.py`.) So
+other numbers are tried, for a few updates: now and then, and when updates have become slower; a
+faster one is kept.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from statistics import median
 
 NUM_UPDATES = 3  # of a trial; one that is slower than usual ends it
 RARELY = 20  # updates at least from one trial to the next
-FASTER = 1.1  # times as fast another number must be
+FASTER = 1.1  # times as fast fewer threads must be; more of them need not be
 FIRST_SECONDS, MOST_SECONDS = 5.0, 480.0  # between trials; twice as long after each that failed
 
 
@@ -77,7 +78,7 @@ class Threads:
 
     def _judge(self) -> None:
         usual, tried = median(self._usual), median(self._trial)
-        if tried * FASTER < usual:
+        if tried * (FASTER if self._trying < self.number else 1) < usual:
             self._report(
                 f"{self._trying} instead of {self.number} threads for learning: updates take "
                 f"{1e3 * tried:.0f} instead of {1e3 * usual:.0f} ms"

@@ -53,6 +53,16 @@ def test_beside_others_one_thread_is_enough_and_the_rest_come_back_afterwards():
     assert machine.threads.number == machine.number == 2
 
 
+def test_more_threads_come_back_though_they_gain_little():
+    machine = Machine([2, 1])
+    machine.learn(busy, 60)
+    assert machine.threads.number == 1
+    machine.learn(lambda threads: {1: 0.025, 2: 0.024}[threads], 1_000)
+    assert machine.threads.number == 2
+    machine.learn(lambda threads: {1: 0.024, 2: 0.025}[threads], 1_000)
+    assert machine.threads.number == 2  # nor do they go for little
+
+
 def test_long_updates_are_seldom_tried_and_a_slow_one_ends_a_trial():
     machine = Machine([2, 1])
     machine.learn(lambda threads: 100 * quiet(threads), 600)
