@@ -224,7 +224,7 @@ class Actor:
         if not between:  # a state to be stored; the slot has room for one stack of frames only
             tree_map(lambda slot, part: slot[s : s + 1].__setitem__(..., part.cpu().numpy()),
                      unroll.state, lane.state)  # fmt: skip
-        with torch.inference_mode():
+        with torch.no_grad():  # in inference mode autocast would convert all weights at each row
             obs = tree_map(
                 lambda part: torch.from_numpy(part[t : t + 1]).to(self.device), unroll.obs
             )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from asyncrl.actor import Actor, ActorConfig, context_fields
 from asyncrl.env_config import EnvConfig
@@ -35,20 +36,24 @@ class Indifferent(nn.Module):
         return {"q": self.q.expand(*first.shape, 4)}, state
 
 
-def play(mix: Mixture, num_unrolls: int) -> dict[str, np.ndarray]:
+def play(
+    mix: Mixture, num_unrolls: int, model: nn.Module | None = None, precision: str = "auto"
+) -> dict[str, np.ndarray]:
     """Columns (rows, B) of what an actor wrote."""
-    config = ActorConfig(lanes_per_actor=1, envs_per_lane=B, unroll_length=T)
+    model = model or Indifferent()
+    config = ActorConfig(lanes_per_actor=1, envs_per_lane=B, unroll_length=T, precision=precision)
     envs = make_envs(BREAKOUT, 1)
     spec = Spec(T, B, envs.observation_space, envs.action_space, {})
     envs.close()
     ring = Ring(bytearray(Ring.nbytes(spec, config.slots_per_lane)), spec, config.slots_per_lane)
-    fields = weights_fields(Indifferent().state_dict(), context_fields(len(mix.parts)))
+    fields = weights_fields(model.state_dict(), context_fields(len(mix.parts)))
     buffer = WeightsBuffer(bytearray(WeightsBuffer.nbytes(fields)), fields)
     writer, reader, unrolls = WeightsWriter(buffer), UnrollReader(ring), []
-    writer.back()["model"]["q"][...] = 0
+    for name, tensor in model.state_dict().items():
+        writer.back()["model"][name][...] = tensor
     writer.publish()
     actor = Actor(
-        0, config, {0: ring}, WeightsReader(buffer), Indifferent(), mix,
+        0, config, {0: ring}, WeightsReader(buffer), model, mix,
         lambda: make_envs(BREAKOUT, B), seed=1,
     )  # fmt: skip
     for unroll in range(num_unrolls):
@@ -59,6 +64,42 @@ def play(mix: Mixture, num_unrolls: int) -> dict[str, np.ndarray]:
     actor.close()
     names = ("policy", "terminated", "episode_length", "first")
     return {name: np.concatenate([getattr(row, name)[:T] for row in unrolls]) for name in names}
+
+
+class Rounded(Indifferent):
+    """Multiplies by a matrix, whose conversions to bfloat16 it counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.rows, self.conversions = nn.Linear(84, 4), 0, 0
+
+    def forward(self, obs, first, state):
+        self.rows += 1
+        with Conversions(self.layer.weight) as seen:
+            q = self.layer(obs[..., 0, :] / 255)
+        self.conversions += seen.count
+        assert q.dtype == torch.bfloat16
+        return {"q": q}, state
+
+
+class Conversions(TorchDispatchMode):
+    """How often a tensor is copied to another type."""
+
+    def __init__(self, tensor: torch.Tensor):
+        super().__init__()
+        self.place, self.count = tensor.data_ptr(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.count += args[0].data_ptr() == self.place
+        return function(*args, **(kwargs or {}))
+
+
+def test_weights_are_rounded_once_an_unroll_not_at_every_row():
+    model = Rounded()
+    play(Mixture((Part("greedy", Greedy()),)), 3, model, "bfloat16")
+    assert model.rows == 3 * T
+    assert model.conversions == 3
 
 
 @pytest.mark.parametrize("scope", ["game", "life"])
