@@ -254,7 +254,7 @@ class Actor:
         unroll.truncated[t] = step.truncated
         unroll.valid[t] = step.valid
         unroll.episode_return[t] = step.episode_return
-        unroll.episode_length[t] = np.where(step.game_over, step.episode_length, 0)
+        unroll.episode_length[t] = step.episode_length
         lane.obs, lane.first = step.obs, step.first
         lane.new_life = step.first | step.terminated
         lane.step = np.where(step.first, 0, lane.step + 1)

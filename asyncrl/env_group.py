@@ -113,45 +113,49 @@ class EnvGroup:
     def recv(self, timeout_seconds: float | None = None) -> Step:
         """Finish the step. Only of AsyncVectorEnv can one tire after `timeout_seconds`."""
         obs, reward, terminated, truncated, info = self._finish(timeout_seconds)
-        goes_on = np.array(info.get("game_goes_on", False), bool)
         if self._cut.any():  # these took one step too many: forget it, reset them now
             obs, new_info = self._reset(options={"reset_mask": self._cut.copy()})
             info, going_on = info | new_info, ~self._cut
             reward = reward * going_on
             terminated, truncated = terminated & going_on, truncated & going_on
-        reset_step = self._ended
+        reset_step, valid = self._ended, ~self._ended
         reward = np.array(reward, np.float32)
         terminated, truncated = np.array(terminated, bool), np.array(truncated, bool)
         game_over = terminated | truncated
-        self._check(reward, (game_over | (reward != 0)) & reset_step, info)
+        self._check(reward, game_over, reset_step, info)
 
-        self._return = self._return + reward
-        self._length = self._length + ~reset_step
+        returns, lengths = self._return + reward, self._length + valid
         if self._is_ale:
-            # A lost life leaves lives over. One lost just as the time is up does end the game.
-            life_lost = terminated & (info["lives"] > 0) & (info["lives"] < self._lives)
-            game_over &= ~life_lost | (self._length * self.env_step_frames >= self._max_frames)
+            if terminated.any():
+                # A lost life leaves lives over. One lost just as the time is up ends the game.
+                life_lost = terminated & (info["lives"] > 0) & (info["lives"] < self._lives)
+                game_over &= ~life_lost | (lengths * self.env_step_frames >= self._max_frames)
             self._lives = info["lives"]
         if self._config.max_idle_steps:
             self._idle = np.where((reward != 0) | reset_step, 0, self._idle + 1)
-            self._cut = (self._idle >= self._config.max_idle_steps) & ~game_over
-            truncated |= self._cut & ~terminated
-            game_over |= self._cut
+            self._cut = self._idle >= self._config.max_idle_steps
+            if self._cut.any():
+                self._cut &= ~game_over
+                truncated |= self._cut & ~terminated
+                game_over |= self._cut
+        goes_on = np.zeros(self.num_envs, bool)
+        self._return, self._length = returns, lengths
+        if game_over.any():
+            goes_on |= game_over & np.array(info.get("game_goes_on", False), bool) & ~self._cut
+            self._return, self._length = returns * ~game_over, lengths * ~game_over
         self._ended = game_over
-        step = Step(
+        return Step(
             obs=self._observation(obs),
             first=reset_step,
             reward=reward,
             terminated=terminated,
             truncated=truncated,
-            valid=~reset_step,
+            valid=valid,
             game_over=game_over,
-            goes_on=game_over & goes_on & ~self._cut,
-            episode_return=np.where(game_over, self._return, 0).astype(np.float32),
-            episode_length=np.where(game_over, self._length, 0),
+            goes_on=goes_on,
+            episode_return=(returns - self._return).astype(np.float32),
+            episode_length=lengths - self._length,
         )
-        self._return, self._length = self._return * ~game_over, self._length * ~game_over
-        return step
 
     def render(self) -> Any:
         """The environments' own pictures, where they were made with a render_mode."""
@@ -205,14 +209,18 @@ class EnvGroup:
         who = ", ".join(dead) or "?"
         return EnvDied(f"{self._config.id}: the process of environment {who} died")
 
-    def _check(self, reward: np.ndarray, no_reset: np.ndarray, info: dict) -> None:
+    def _check(
+        self, reward: np.ndarray, ended: np.ndarray, reset_step: np.ndarray, info: dict
+    ) -> None:
         if not (finite := np.isfinite(reward)).all():
             envs = environments_with(~finite)
             raise EnvDataError(
                 f"{self._config.id}: expected finite rewards, got {reward[envs].tolist()} of "
                 f"environments {envs.tolist()} for actions {self._action[envs].tolist()}"
             )
-        if "final_obs" in info or no_reset.any():
+        if "final_obs" in info or (
+            reset_step.any() and ((ended | (reward != 0)) & reset_step).any()
+        ):
             raise EnvDataError(
                 f"{self._config.id}: expected the step after an end to reset and do no more, as "
                 "autoreset NEXT_STEP has it, got a reward or an end; check the env's autoreset"
