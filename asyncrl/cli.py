@@ -203,6 +203,7 @@ def _train(options, rest: list[str]) -> int:
 
 def _eval(options, rest: list[str]) -> int:
     folder = find_run(options.run)
+    import torch
     from gymnasium.spaces import Box
 
     from asyncrl import evaluate, video
@@ -212,6 +213,7 @@ def _eval(options, rest: list[str]) -> int:
     from asyncrl.envs import make_envs
     from asyncrl.folder import Refused
 
+    torch.set_num_threads(1)  # more wait for each other, for minutes where a run goes on beside it
     num_envs = 1 if options.render_mode else min(options.envs, options.episodes)
     num_games = num_envs * -(-options.episodes // num_envs)
     watchers, recorder = [], None

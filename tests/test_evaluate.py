@@ -536,6 +536,16 @@ def test_eval_prints_and_keeps_its_result(run, capfd):
     assert len((run / "evaluations.jsonl").read_text().splitlines()) == 3
 
 
+def test_eval_takes_one_thread_for_its_net(run, capfd):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert evaluate(capfd, "--episodes", "1")[0] == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_eval_says_what_it_cannot_do(run, capfd, monkeypatch):
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"):
         monkeypatch.delenv(name, raising=False)
