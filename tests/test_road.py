@@ -238,7 +238,7 @@ def test_a_closed_terminal_stops_a_run_unless_nohup_says_otherwise(start):
 
 def test_the_best_by_evaluation_is_kept_and_plays_the_same_games_again(start):
     judged = "--evaluation.period-steps", 800, "--evaluation.epsilon", 0
-    for total in (4_000, 6_000):  # the second goes on where the first ended
+    for total in (20_000, 22_000):  # the second goes on where the first ended
         run = start("judged", EXACT, "--total-env-steps", total, *judged)
         run.wait_until(lambda: run.count("evaluated") >= 2)  # noqa: B023
         assert run.finish()[0] == 0
