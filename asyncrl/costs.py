@@ -157,7 +157,6 @@ def time_actor(config) -> tuple[Cost, list[bytearray]]:
 
 def time_learner(config, unrolls: list[bytearray], num_threads: int) -> Cost:
     """What the learner costs alone: taking unrolls in, and the updates they allow."""
-
     spec, model = wire(config)
     algorithm = config.algorithm.build(model, config.learner.resolved_device())
     num_lanes = config.actor.num_lanes

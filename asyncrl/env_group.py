@@ -141,7 +141,7 @@ class EnvGroup:
         goes_on = np.zeros(self.num_envs, bool)
         self._return, self._length = returns, lengths
         if game_over.any():
-            goes_on |= game_over & np.array(info.get("game_goes_on", False), bool) & ~self._cut
+            goes_on = game_over & np.array(info.get("game_goes_on", False), bool) & ~self._cut
             self._return, self._length = returns * ~game_over, lengths * ~game_over
         self._ended = game_over
         return Step(
