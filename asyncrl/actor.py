@@ -139,7 +139,9 @@ class Actor:
         """One unroll of each due lane; a step of one overlaps the net's turn with the next."""
         self._spend(Word.TIME_WAIT)
         self._pull()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+        # In inference mode autocast would convert all weights at each row.
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+        with torch.no_grad(), autocast:
             self._play(self.due())
 
     def _play(self, lanes: list[LaneState]) -> None:
@@ -224,13 +226,12 @@ class Actor:
         if not between:  # a state to be stored; the slot has room for one stack of frames only
             tree_map(lambda slot, part: slot[s : s + 1].__setitem__(..., part.cpu().numpy()),
                      unroll.state, lane.state)  # fmt: skip
-        with torch.no_grad():  # in inference mode autocast would convert all weights at each row
-            obs = tree_map(
-                lambda part: torch.from_numpy(part[t : t + 1]).to(self.device), unroll.obs
-            )
-            first = torch.from_numpy(unroll.first[t : t + 1]).to(self.device)
-            outputs, lane.state = self.model(obs, first, lane.state)
-            outputs = {name: output[0].float().cpu().numpy() for name, output in outputs.items()}
+        obs, first = tree_map(
+            lambda part: torch.as_tensor(part[t : t + 1], device=self.device),
+            (unroll.obs, unroll.first),
+        )
+        outputs, lane.state = self.model(obs, first, lane.state)
+        outputs = {name: part[0].to("cpu", torch.float32).numpy() for name, part in outputs.items()}
         opens = lane.first if self.policy.scope == "game" else lane.new_life
         action, log_prob, lane.policy_state = self.policy(
             outputs, lane.policy_state, opens, lane.step, lane.context, lane.rng

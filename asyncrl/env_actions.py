@@ -48,7 +48,7 @@ class Actions:
             action = action.astype(self.space.dtype, casting="same_kind", copy=False)
             self._expect(np.isfinite(action), action, "finite numbers")
         outside = (action < self._low) | (action > self._high)
-        if outside.any():  # ALE would never answer: the thread that meets it drops the row
+        if np.count_nonzero(outside):  # ALE would never answer: its thread drops the row
             nearest = np.clip(action, self._low, self._high)
             low, high = (np.asarray(bound).tolist() for bound in (self._low, self._high))
             self._expect(np.abs(action - nearest) <= self._slack, action, f"{low} to {high}")

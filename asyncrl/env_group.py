@@ -113,7 +113,7 @@ class EnvGroup:
     def recv(self, timeout_seconds: float | None = None) -> Step:
         """Finish the step. Only of AsyncVectorEnv can one tire after `timeout_seconds`."""
         obs, reward, terminated, truncated, info = self._finish(timeout_seconds)
-        if self._cut.any():  # these took one step too many: forget it, reset them now
+        if np.count_nonzero(self._cut):  # these took one step too many: forget it, reset them now
             obs, new_info = self._reset(options={"reset_mask": self._cut.copy()})
             info, going_on = info | new_info, ~self._cut
             reward = reward * going_on
@@ -126,7 +126,7 @@ class EnvGroup:
 
         returns, lengths = self._return + reward, self._length + valid
         if self._is_ale:
-            if terminated.any():
+            if np.count_nonzero(terminated):
                 # A lost life leaves lives over. One lost just as the time is up ends the game.
                 life_lost = terminated & (info["lives"] > 0) & (info["lives"] < self._lives)
                 game_over &= ~life_lost | (lengths * self.env_step_frames >= self._max_frames)
@@ -134,13 +134,13 @@ class EnvGroup:
         if self._config.max_idle_steps:
             self._idle = np.where((reward != 0) | reset_step, 0, self._idle + 1)
             self._cut = self._idle >= self._config.max_idle_steps
-            if self._cut.any():
+            if np.count_nonzero(self._cut):
                 self._cut &= ~game_over
                 truncated |= self._cut & ~terminated
                 game_over |= self._cut
         goes_on = np.zeros(self.num_envs, bool)
         self._return, self._length = returns, lengths
-        if game_over.any():
+        if np.count_nonzero(game_over):
             goes_on = game_over & np.array(info.get("game_goes_on", False), bool) & ~self._cut
             self._return, self._length = returns * ~game_over, lengths * ~game_over
         self._ended = game_over
@@ -212,14 +212,14 @@ class EnvGroup:
     def _check(
         self, reward: np.ndarray, ended: np.ndarray, reset_step: np.ndarray, info: dict
     ) -> None:
-        if not (finite := np.isfinite(reward)).all():
+        if np.count_nonzero(finite := np.isfinite(reward)) < len(reward):
             envs = environments_with(~finite)
             raise EnvDataError(
                 f"{self._config.id}: expected finite rewards, got {reward[envs].tolist()} of "
                 f"environments {envs.tolist()} for actions {self._action[envs].tolist()}"
             )
         if "final_obs" in info or (
-            reset_step.any() and ((ended | (reward != 0)) & reset_step).any()
+            np.count_nonzero(reset_step) and ((ended | (reward != 0)) & reset_step).any()
         ):
             raise EnvDataError(
                 f"{self._config.id}: expected the step after an end to reset and do no more, as "

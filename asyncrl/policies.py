@@ -228,7 +228,7 @@ class Mixture:
 
     def __call__(self, outputs, state: MixtureState, first, step, context, rng):
         choice = state.choice
-        if first.any():
+        if np.count_nonzero(first):
             drawn = rng.choice(len(self.parts), size=len(choice), p=self.weights(context.env_steps))
             choice = np.where(first, drawn, choice).astype(np.uint8)
         results = [

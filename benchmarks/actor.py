@@ -43,12 +43,13 @@ class OnlyStack(nn.Module):
 
     def __init__(self, network: nn.Module, num_actions: int):
         super().__init__()
-        self.stack, self.num_actions = network.stack, num_actions
+        self.stack = network.stack
         self.initial_state = network.stack.initial_state
+        self.nothing = torch.zeros(1, 1, num_actions)
 
     def forward(self, obs, first, state):
         _, state = self.stack(obs, first, state)
-        return {"q": torch.zeros(*first.shape, self.num_actions)}, state
+        return {"q": self.nothing.expand(*first.shape, -1)}, state
 
 
 class ActorProcess:
