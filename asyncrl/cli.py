@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         "Into a pipe it writes plain lines.",
     )  # fmt: skip
     watch.add_argument("run", metavar="RUN", help="id or folder of a run")
-    words = "say in one line how it is, and exit: 0 if it is well, 1 if not"
+    words = "say in one line how it is, and exit: 0 if it is well or finished, 1 if not"
     watch.add_argument("--health", action="store_true", help=words)
 
     examine = command(

@@ -78,7 +78,7 @@ def _checks(
     yield preflight.memory(plan)
     yield preflight.disk(plan, place)
     yield preflight.descriptors(plan)
-    yield preflight.warm_up(plan)
+    yield from preflight.schedules(plan)
 
 
 def packages() -> Check:

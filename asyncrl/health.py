@@ -51,7 +51,8 @@ def health(
     whether a process has it locked, `log_seconds`: between two rows."""
     if life.ended:
         status = life.phase.fields.get("status", "?")
-        return Health(False, f"ended with status {status}, {_ago(now - life.phase.time)}")
+        words = f"ended with status {status}, {_ago(now - life.phase.time)}"
+        return Health(str(status) == "0", words)
     begun = life.phase.time if life.phase else -1e18
     latest = max(row.get("time", -1e18), begun)
     never = "no row of metrics yet" if latest < 0 else f"last heard of {_ago(now - latest)}"

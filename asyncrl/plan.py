@@ -40,6 +40,7 @@ class Plan:
     schedule: str
     evaluates: bool
     measured: list = field(default_factory=list)  # options, in place of what was "auto"
+    learns_until: int | None = None  # env steps; the learning rate is 0 behind them
 
     @classmethod
     def read(cls, folder: Path) -> Plan:
@@ -139,7 +140,16 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
         schedule=config.schedule,
         evaluates=evaluates,
         measured=measured,
+        learns_until=_learns_until(config),
     )
+
+
+def _learns_until(config) -> int:
+    from asyncrl.schedules import value_at
+
+    rate, total = config.algorithm.learning_rate, config.total_env_steps
+    moments = (total * percent // 100 for percent in range(100, 0, -1))
+    return next((moment for moment in moments if value_at(rate, moment) > 0), 0)
 
 
 def versions() -> dict[str, str]:
@@ -161,6 +171,10 @@ def in_words(launch_file: Path, work: Callable[[], object]) -> int:
 
     try:
         work()
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on: `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
     except (ConfigError, ValueError) as error:
         if isinstance(error, LaunchFileError) and not isinstance(error.__cause__, ValueError):
             traceback.print_exception(error.__cause__)

@@ -28,7 +28,7 @@ class Check:
 def preflight(plan: Plan, folder: Path, available: int | None = None) -> list[Check]:
     """Refuse, with the arithmetic, a run that memory, disk or descriptors cannot hold; returns
     what is worth a warning."""
-    checks = memory(plan, available), disk(plan, folder), descriptors(plan), warm_up(plan)
+    checks = memory(plan, available), disk(plan, folder), descriptors(plan), *schedules(plan)
     for check in checks:
         if check.verdict == "refused":
             raise Refused(*check.lines, *filter(None, [check.remedy]))
@@ -95,6 +95,11 @@ def descriptors(plan: Plan) -> Check:
     return Check("descriptors", "ok", (words,))
 
 
+def schedules(plan: Plan) -> tuple[Check, Check]:
+    """What depends on how long the run is."""
+    return warm_up(plan), learning_rate(plan)
+
+
 def warm_up(plan: Plan) -> Check:
     """Whether a run goes on for longer than its replay waits before the first update."""
     replay = plan.config.get("algorithm", {}).get("replay") or {}
@@ -106,6 +111,16 @@ def warm_up(plan: Plan) -> Check:
         )
         return Check("warm-up", "warning", (words,), remedy)
     return Check("warm-up", "ok", (words,))
+
+
+def learning_rate(plan: Plan) -> Check:
+    """Whether a run goes on for longer than it learns."""
+    until, total = plan.learns_until, plan.total_env_steps
+    if until is None or until >= 0.95 * total:
+        return Check("learning rate", "ok", ("above 0 until the end",))
+    words = f"0 from some {until:,} of {total:,} env steps on: nothing is learned there"
+    remedy = "for a longer run begin one with another id and --algorithm.learning-rate.steps too"
+    return Check("learning rate", "warning", (words,), remedy)
 
 
 def can_write(folder: Path) -> Check:

@@ -353,7 +353,9 @@ class Supervisor:
         if self.signals and self.stop_deadline is None:
             self.stop_deadline = now + STOP_SECONDS
             name = signal.Signals(self.signals[0]).name
-            self.events.event("stopping", f"{name}: checkpoint and exit; a second one: at once")
+            saves = self.plan.schedule == "async"  # elsewhere it would be a seam of its own
+            what = "checkpoint and exit" if saves else "exit; the last checkpoint stands"
+            self.events.event("stopping", f"{name}: {what}; a second one: at once")
             self._ask_to_stop()
             if all(child.process is None for child in self.children if child.learns):
                 self.exit_status = 128 + self.signals[0]

@@ -46,7 +46,11 @@ def make_visible(config: EnvConfig, num_envs: int, render_mode: str = "rgb_array
         if render_mode == "rgb_array":
             rendered(envs, 0)
     except (TypeError, RuntimeError, gym.error.Error) as error:
-        raise ValueError(f"{config.name}: {render_mode=} does not work: {error}") from error
+        why = str(error) or type(error).__name__
+        raise ValueError(
+            f"{config.name}: {render_mode=} does not work: {why}; environments need a render(), "
+            "and a function that makes them is called with render_mode, to hand it on"
+        ) from error
     return envs
 
 

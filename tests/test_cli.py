@@ -591,6 +591,16 @@ def test_for_real(runs, launch_file):
     assert not runs.exists()
 
 
+def test_a_reader_that_leaves_gets_no_traceback(runs):
+    """`asyncrl train FILE --help | head -1`"""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "asyncrl.cli", "train", "launch/cartpole_dqn.py", "--help"]
+    ended = subprocess.run(command, cwd=REPOSITORY, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert ended.stderr == "" and ended.returncode == 1
+
+
 def test_an_image_without_git_is_told_the_revision(monkeypatch):
     own = git_revision()
     monkeypatch.setenv("ASYNCRL_GIT", "v1-dirty")

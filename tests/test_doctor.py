@@ -98,6 +98,23 @@ def test_a_run_shorter_than_its_warm_up_is_told(tmp_path):
     assert preflight.warm_up(plan).verdict == "ok"  # nothing to wait for in a rollout queue
 
 
+def test_a_run_longer_than_it_learns_is_told(tmp_path):
+    file = REPOSITORY / "launch" / "cartpole_ppo.py"
+    for options, verdict in (
+        ([], "ok"),
+        (["--total-env-steps", "200000"], "warning"),
+        (["--total-env-steps", "200000", "--algorithm.learning-rate.steps", "200000"], "ok"),
+    ):
+        plan = prepare(file, options, file)
+        check = preflight.learning_rate(plan)
+        assert check.verdict == verdict
+        warnings = [check.name for check in preflight.preflight(plan, tmp_path)]
+        assert ("learning rate" in warnings) == (verdict == "warning")
+    never = dataclasses.replace(plan, learns_until=0)
+    assert "0 from some 0 of 200,000" in preflight.learning_rate(never).lines[0]
+    assert preflight.learning_rate(make_plan()).verdict == "ok"  # of a plan of an older revision
+
+
 def test_processes_of_single_environments_are_counted_with_the_evaluators():
     file = REPOSITORY / "launch" / "cartpole_dqn.py"
     own = "--actor.envs-per-lane 3 --actor.num-actors 2 --evaluation.num-envs 7"

@@ -19,9 +19,10 @@ ROW = {
 }  # fmt: skip
 
 
-def life(*events: tuple[float, str, str]) -> Life:
+def life(*events: tuple) -> Life:
     found = Life()
-    found.take(Event(NOW - ago, kind, text, {"status": "1"}) for ago, kind, text in events)
+    for ago, kind, text, *status in events:
+        found.take([Event(NOW - ago, kind, text, {"status": str(*status) or "1"})])
     return found
 
 
@@ -48,6 +49,7 @@ START, SAVED = (500, "start", "run x started"), (100, "checkpoint", "checkpoint_
          "last heard of 5 min ago: not started, stuck or killed"),
         (ROW | {"time": NOW - 9_000}, [(9_900, "start", "begun")], False, "of 2 h 30 min ago"),
         (ROW, [START, (130, "end", "run x ended")], False, "ended with status 1, 2 min ago"),
+        (ROW, [START, (130, "end", "run x ended", 0)], True, "ended with status 0, 2 min ago"),
     ],
 )  # fmt: skip
 def test_health_in_words(row, events, well, words):
