@@ -3,7 +3,7 @@
     ./run_main.sh breakout_impala launch/breakout_impala.py
 
 Hardware: one GPU and 8 or more cores, 4 GB of memory. Profile home: 2 cores, no GPU.
-Score: profile home: 103.6 after 2,000,107 env steps (30 games, epsilon 0.01) and climbing, in 38
+Score: profile home: 103.6 after 2,000,107 env steps (30 games, epsilon 0.01), in 38
 minutes on two cores with bfloat16, in part beside an evaluation. The full length was not run yet.
 """
 

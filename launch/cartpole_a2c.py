@@ -2,7 +2,7 @@
 
     ./run_main.sh cart_a2c launch/cartpole_a2c.py
 
-Hardware: 2 cores, no GPU; 3 minutes, beside others 5 to 19.
+Hardware: 2 cores, no GPU; 5 to 19 minutes beside other runs.
 Score: 500.0 for each of seeds 0 to 4; 100 greedy games with the last checkpoint.
 """
 

@@ -2,7 +2,7 @@
 
     ./run_main.sh cart launch/cartpole_ppo.py
 
-Hardware: 2 cores, no GPU; 80 seconds.
+Hardware: 2 cores, no GPU; 80 seconds where they are fast and idle, 3 to 6 minutes on a busy one.
 Score: 500.0 for each of seeds 0 to 4; 100 greedy games with the last checkpoint.
 """
 

@@ -2,7 +2,7 @@
 
     ./run_main.sh lander_a2c launch/lunarlander_a2c.py
 
-Hardware: 2 cores, no GPU; 5 minutes beside another run.
+Hardware: 2 cores, no GPU; 5 to 11 minutes beside other runs.
 Score: 117.8 (interquartile mean of seeds 0 to 4; 95 % interval -16.7 to 147.4) over 100 greedy
 games with the last checkpoint; with the policy's own draws 89 to 196. With normalised returns it
 falls back to -80 to -140 after a peak near 350,000 env steps.
