@@ -68,8 +68,12 @@ class Process:
         import torch
 
         torch.manual_seed(self.config.seed)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # by how many there are, orthogonal weights are rounded
         spec = self.connections.spec
-        return self.config.model(spec.observation_space, spec.action_space)
+        model = self.config.model(spec.observation_space, spec.action_space)
+        torch.set_num_threads(threads)
+        return model
 
     def make_actor(self, index: int, generation: int):
         from asyncrl.actor import Actor
@@ -130,6 +134,7 @@ def run_actor(process: Process, index: int, generation: int) -> None:
     config, links = process.config.actor, process.connections
     os.nice(config.nice)
     torch.set_num_threads(config.num_threads)
+    torch.set_flush_denormal(True)
     rebuilds = links.rings[index * config.lanes_per_actor].words[Word.REBUILDS :][:1]
     actor = process.make_actor(index, generation + int(rebuilds[0]))
     bell, events = links.actor_bells[index], EventLog(process.folder / "events.log")
@@ -190,8 +195,10 @@ def run_learner(process: Process, index: int, generation: int) -> None:
         threads = 1
     on_gpu = config.resolved_device().type == "cuda"
     adapts = not (turn_based or config.num_threads or on_gpu)
+    # Two teams draw from one generator, whoever comes first; in turns all must be exact.
+    use = torch.set_num_threads if turn_based else learner.algorithm.teams.use
     learner.threads = Threads(
-        halves(threads) if adapts else [threads], learner.algorithm.teams.use,
+        halves(threads) if adapts else [threads], use,
         lambda text: learner.events.event("learner", text),
     )  # fmt: skip
     status = links.status

@@ -10,7 +10,7 @@ import pytest
 from tests.forked import train_serially
 from tests.runs import EXACT, last_checkpoint
 
-OTHERS = ["exact_ppo.py", "exact_family.py", "exact_a2c.py"]
+OTHERS = ["exact_ppo.py", "exact_family.py", "exact_a2c.py", "exact_pixels.py"]
 
 
 def assert_equal(one: tuple[dict, dict], other: tuple[dict, dict]) -> None:
@@ -96,7 +96,7 @@ def test_killed_behind_its_last_checkpoint_a_run_is_extended_alike(start, tmp_pa
 def test_serial_equals_lockstep_killed_and_resumed(name, start, tmp_path):
     """PPO with a frame stack, an LSTM, normalisers and a mix of policies; DQN with all that draws
     (noisy nets, IQN, prioritised sequences) and stored states that are refreshed; A2C with V-trace
-    on observations and actions of several parts."""
+    on observations and actions of several parts; IQN from pixels."""
     launch_file = EXACT.parent / name
     serial = train_serially(tmp_path, "serial", launch_file)
     run = start("killed", launch_file)

@@ -118,6 +118,10 @@ class GradientStep:
         saved = state.get("moments", {})  # nothing before the first step
         moments = {int(index): moment for index, moment in saved.items()}
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        for parameter in self.parameters:  # whose order in memory fused Adam takes for granted
+            moments = self.optimizer.state.get(parameter, {})
+            for name in moments.keys() - {"step"}:
+                moments[name] = torch.empty_like(parameter).copy_(moments[name])
         if isinstance(self.optimizer, torch.optim.RMSprop):
             self._begin_moments()
         self.count = state["count"]
