@@ -183,6 +183,8 @@ class RunFolder:
 
             before = _stored(self.folder, "config.json", _config)
             changed = differences(before, plan.config)
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # cannot be read
+                changed = changed or differences(Plan.read(self.folder).wire, plan.wire)
             if changed:
                 raise Refused(
                     f"expected the configuration that run {self.folder.name} began with, got:",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -12,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from asyncrl.folder import holder
-from asyncrl.logs import Event, parse_events
+from asyncrl.logs import Event, last_lines, numbers, parse_events
 from asyncrl.metrics import counted
 
 SILENT_SECONDS = 300.0  # as long as a learner may go without a heartbeat; three rows, if longer
@@ -93,30 +91,15 @@ _COUNTS = {
 def look(folder: Path) -> Health:
     """How the run in a folder is now; reads the ends of its files only."""
     row, life, held, log_seconds = {}, Life(), True, 0.0
-    for line in _last_lines(folder / "metrics.jsonl"):
-        row = _numbers(line) or row
-    life.take(parse_events(_last_lines(folder / "events.log", 1 << 20)))
+    for line in last_lines(folder / "metrics.jsonl"):
+        row = numbers(line) or row
+    life.take(parse_events(last_lines(folder / "events.log", 1 << 20)))
     with suppress(OSError):  # where one may not look
         held = holder(folder) is not None
     with suppress(OSError, ValueError, TypeError, KeyError):
         config = json.loads((folder / "config.json").read_bytes())
         log_seconds = float(config["config"]["learner"]["log_seconds"])
     return health(row, life, time.time(), held, log_seconds)
-
-
-def _numbers(line: str) -> dict:
-    """What a row of metrics has of them; of a line that is none, nothing."""
-    with suppress(ValueError, TypeError, AttributeError, OverflowError, RecursionError):
-        found = json.loads(line).items()
-        return {k: v for k, v in found if isinstance(v, (int, float)) and math.isfinite(v)}
-    return {}
-
-
-def _last_lines(path: Path, nbytes: int = 1 << 16) -> list[str]:
-    with suppress(OSError), open(path, "rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - nbytes))
-        return file.read().decode("utf-8", "replace").split("\n")[:-1]
-    return []
 
 
 def _ago(seconds: float) -> str:

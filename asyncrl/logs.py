@@ -127,9 +127,10 @@ class _TensorBoardFile(_AppendFile):
 
         self._event, self._summary, self._record_writer = Event, Summary, RecordWriter
         start = SessionLog(status=SessionLog.START)
-        steps = read_metrics(folder).get("env_steps", np.array([]))
+        rows = map(numbers, last_lines(folder / "metrics.jsonl"))  # they grow
+        newest = max((int(row.get("env_steps", -1)) for row in rows), default=-1)
         header = self._record(file_version="brain.Event:2")
-        header += self._record(session_log=start, step=int(np.fmax.reduce(steps, initial=-1)) + 1)
+        header += self._record(session_log=start, step=newest + 1)
         path = folder / "tensorboard" / f"events.out.tfevents.{time.time_ns()}"
         super().__init__(path, header=header, lines=False)
 
@@ -171,6 +172,22 @@ def _complete_lines(path: Path) -> Iterator[str]:
     """The lines of a file somebody may be writing to, without a torn last one; none if no file."""
     with suppress(FileNotFoundError), open(path, "rb") as file:
         yield from (line[:-1].decode("utf-8", "replace") for line in file if line[-1:] == b"\n")
+
+
+def last_lines(path: Path, nbytes: int = 1 << 16) -> list[str]:
+    """The lines, whole but for the first, in the last bytes of a file; none if no file."""
+    with suppress(OSError), open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - nbytes))
+        return file.read().decode("utf-8", "replace").split("\n")[:-1]
+    return []
+
+
+def numbers(line: str) -> dict:
+    """What a row of metrics has of them; of a line that is none, nothing."""
+    with suppress(ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        found = json.loads(line).items()
+        return {k: v for k, v in found if isinstance(v, (int, float)) and math.isfinite(v)}
+    return {}
 
 
 def read_metrics(run_folder) -> dict[str, np.ndarray]:

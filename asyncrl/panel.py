@@ -23,6 +23,7 @@ from asyncrl.logs import Event, parse_events
 from asyncrl.metrics import counted, percent
 
 PLAIN_PERIOD_SECONDS = 10
+READ_NBYTES = 8 << 20  # at a time: after a week there are many
 COLORS = {  # of time shares: work is cool, waiting is warm
     "update": "cyan", "env": "cyan", "inference": "blue", "sync": "blue", "publish": "magenta",
     "pull": "magenta", "wait": "yellow", "checkpoint": "green", "log": "white",
@@ -44,8 +45,8 @@ class Tail:
         self.path, self._position, self._last = Path(path), 0, b""
 
     def read(self) -> tuple[list[str], bool]:
-        """New complete lines, and whether they replace all earlier ones: the file was cut back or
-        exchanged. A file that is not there has no new lines."""
+        """New complete lines, as many as fit into a few MB, and whether they replace all earlier
+        ones: the file was cut back or exchanged. A file that is not there has no new lines."""
         with suppress(OSError), open(self.path, "rb") as file:
             # What was read last must still stand there: a file may be cut back and grow again.
             file.seek(max(0, self._position - len(self._last)))
@@ -53,7 +54,7 @@ class Tail:
             if again:
                 file.seek(0)
                 self._position, self._last = 0, b""
-            data = file.read()
+            data = file.read(READ_NBYTES)
             data = data[: data.rfind(b"\n") + 1]
             self._position += len(data)
             self._last = (self._last + data)[-256:]
@@ -138,12 +139,14 @@ class Panel:
             self._print_row()
 
     def _read(self) -> list[Event]:
-        lines, again = self._metrics.read()
-        if again:
-            self._forget()
-        for line in lines:
-            with suppress(ValueError, AttributeError):
-                self._take({k: v for k, v in json.loads(line).items() if v is not None})
+        lines: list[str] | None = None
+        while lines is None or lines:
+            lines, again = self._metrics.read()
+            if again:
+                self._forget()
+            for line in lines:
+                with suppress(ValueError, AttributeError):
+                    self._take({k: v for k, v in json.loads(line).items() if v is not None})
         events = parse_events(self._event_log.read()[0])
         self.events.extend(events)
         self.life.take(events)

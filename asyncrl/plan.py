@@ -42,6 +42,11 @@ class Plan:
     measured: list = field(default_factory=list)  # options, in place of what was "auto"
     learns_until: int | None = None  # env steps; the learning rate is 0 behind them
 
+    @property
+    def wire(self) -> dict:
+        """Names, shapes and types of all that is saved and sent."""
+        return {"model": self.weights["dict"]["model"]["dict"]} | self.spec
+
     @classmethod
     def read(cls, folder: Path) -> Plan:
         return cls(**json.loads((folder / "plan.json").read_text()))

@@ -21,8 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
+from asyncrl.disk import CheckpointError
 from asyncrl.logs import EventLog
-from asyncrl.plan import EXIT_FAILED, Plan, prepare_main
+from asyncrl.plan import EXIT_FAILED, EXIT_REFUSED, Plan, prepare_main
 from asyncrl.threads import Threads, halves
 from asyncrl.transport.ring import Ring, Word
 from asyncrl.transport.shared_memory import Doorbell, Segment, die_with_parent
@@ -206,8 +207,7 @@ def run_learner(process: Process, index: int, generation: int) -> None:
     def wait(condition) -> bool:
         return not learner.beat() and links.learner_bell.wait_for(condition, learner.beat)
 
-    resumed = learner.start(resume=True)
-    announce(learner, resumed)
+    begin(learner, generation)
     if turn_based:
         learner.run_in_turns(wait)
     else:
@@ -232,7 +232,7 @@ def run_serial(process: Process, index: int, generation: int) -> None:
             actor.play()
         return not learner.beat()
 
-    announce(learner, learner.start(resume=True))
+    begin(learner, generation)
     learner.run_in_turns(play)
     learner.finish()
     status.words[Status.DONE] = 1
@@ -240,8 +240,14 @@ def run_serial(process: Process, index: int, generation: int) -> None:
         actor.close()
 
 
-def announce(learner, resumed: bool) -> None:
-    """Say in the log where the run goes on."""
+def begin(learner, generation: int) -> None:
+    """Load the newest checkpoint, and say in the log where the run goes on."""
+    try:
+        resumed = learner.start(resume=True)
+    except CheckpointError as error:
+        if generation == 0:  # later ones are tried again: a file system may have gone for a while
+            error.exit_status = EXIT_REFUSED
+        raise
     if learner.stopped:  # and has said so
         return
     text = f"resumed at {learner.env_steps} env steps" if resumed else "begun at 0 env steps"
@@ -335,8 +341,11 @@ def child_main(arguments: list[str]) -> int:
         process = Process(Path(folder), json.loads(fds))
         ROLES[role](process, int(index), int(generation))
     except (Exception, SystemExit) as error:  # an environment may call exit()
+        if status := getattr(error, "exit_status", None):  # nobody's mistake in code
+            print(f"asyncrl: {error}", file=sys.stderr)
+            return status
         traceback.print_exc()
-        return getattr(error, "exit_status", EXIT_FAILED)
+        return EXIT_FAILED
     return 0
 
 

@@ -226,7 +226,8 @@ class Supervisor:
                 child.gone = True
                 if child.learns:
                     self.last_words.append(self._report_death(child, code))
-                    self.exit_status = EXIT_FAILED
+                    begun = child.generation or self._has_worked(child)
+                    self.exit_status = EXIT_FAILED if begun or code != EXIT_REFUSED else code
             else:
                 self._mourn(child, code)
         known = {child.process.pid for child in self.children if child.process is not None}

@@ -442,6 +442,22 @@ def test_a_run_that_another_start_has_begun_meanwhile(in_this_process, runs, lau
         assert path.name == "lock" or path.read_bytes() == content
 
 
+def test_another_model_behind_the_same_function_is_refused(
+    in_this_process, runs, launch_file, capfd
+):
+    """A function is known by its name only; the weights it makes are not those that were saved."""
+    own = LAUNCH_FILE.replace("ModelConfig(hidden=(8,))", "lambda obs, act: WIDE(obs, act)")
+    own = own.replace("config = Config(", "WIDE = ModelConfig(hidden=(8,))\nconfig = Config(")
+    launch_file.write_text(own)
+    begin(runs, launch_file)
+    launch_file.write_text(own.replace("(8,)", "(9,)"))
+    message = refusal(capfd, "train", launch_file, "x")
+    assert "model.encoder.layers.0.0.bias.shape: [8] -> [9]" in message
+    assert (runs / "x" / "launch.py").read_text() == own
+    (runs / "x" / "plan.json").unlink()  # with nothing to compare with it is the learner's word
+    begin(runs, launch_file)
+
+
 def test_a_run_that_has_lost_its_launch_json_is_compared(in_this_process, runs, launch_file, capfd):
     begin(runs, launch_file, "--seed", "3")
     (runs / "x" / "launch.json").unlink()

@@ -817,3 +817,29 @@ def test_a_model_that_returns_something_else_is_refused_in_words(model, words):
     try_model(Own(Q, {}), "q", *spaces_)
     with pytest.raises(ValueError, match=words):
         try_model(model, "q", *spaces_)
+
+
+class FailsAtOneStep(Own):
+    def forward(self, obs, first, state):
+        if len(first) == 1:
+            raise RuntimeError("needs two")
+        return super().forward(obs, first, state)
+
+
+def test_a_model_that_cannot_take_one_step_as_actors_do_fails_beforehand():
+    with pytest.raises(RuntimeError, match="needs two"):
+        try_model(FailsAtOneStep(Q, {}), "q", spaces.Box(-1, 1, (3,)), spaces.Discrete(2))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "int64", "float64", "bool"])
+def test_numbers_of_every_kind_are_stacked_row_by_row(dtype):
+    T, B = 6, 3
+    rows = torch.randint(0, 2, (T, B, 2, 2)).to(getattr(torch, dtype))
+    first = torch.zeros(T, B, dtype=torch.bool)
+    first[0], first[3, 1] = True, True
+    stack = FrameStack(3, (2, 2), rows.dtype)
+    whole, _ = stack(rows, first, stack.initial_state(B))
+    state = stack.initial_state(B)
+    for t in range(T):
+        row, state = stack(rows[t : t + 1], first[t : t + 1], state)
+        assert torch.equal(row[0], whole[t])

@@ -46,6 +46,16 @@ def test_tail_reads_complete_lines_once(tmp_path):
         assert tail.read() == (["torn"], False)
 
 
+def test_what_is_too_much_for_one_reading_is_read_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(panel_module, "READ_NBYTES", 300)
+    log = RunLog(tmp_path, tensorboard=False)
+    for step in range(20):
+        log.write({"env_steps": step, "episode/return": float(step)})
+    shown = Panel(tmp_path, 100, io.StringIO())
+    shown.refresh()
+    assert shown.returns == list(range(20))
+
+
 @pytest.mark.parametrize("grown", ["", "3 other\n", "3 other\n4\n5\n6\n"])
 def test_tail_notices_a_file_cut_back_even_if_it_grew_again(tmp_path, grown):
     tail = Tail(tmp_path / "log")

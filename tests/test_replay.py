@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 
 from asyncrl.schedules import Linear
 from asyncrl.stores.limiter import RateLimiter
 from asyncrl.stores.replay import Replay, ReplayConfig
 from asyncrl.stores.replay_config import fits_on_gpu
-from asyncrl.types import tree_leaves
+from asyncrl.types import Spec, tree_leaves
 from tests.streams import Stream, make_spec
 
 
@@ -208,6 +209,29 @@ def test_unrolls_inserted_again_rebuild_the_same_replay(exponent):
             assert torch.equal(ours, theirs)
         for store, sample in zip((replay, twin), samples, strict=True):
             store.update_priorities(sample.index, errors)
+
+
+def test_what_a_stream_has_lost_is_not_proposed():
+    """A disk that was full cuts the stream: few rows are left, and batches are as full as ever."""
+    spec = Spec(16, 4, spaces.Box(-1, 1, (2,)), spaces.Discrete(2), {})
+
+    def put(replay: Replay, sequences: range) -> None:
+        for sequence in sequences:
+            for lane in range(2):
+                unroll = spec.layout.views(bytearray(spec.layout.nbytes))
+                unroll.valid[...], unroll.header.sequence[...] = True, sequence
+                replay.insert(lane, unroll)
+
+    full = make_replay(spec, capacity=10_000)
+    put(full, range(100))
+    base = full.position()
+    put(full, range(100, 104))
+    replay = make_replay(spec, capacity=10_000)
+    replay.restart_at(base)
+    put(replay, range(100, 104))
+    replay.load_state_dict(full.state_dict())
+    for _ in range(20):
+        assert (replay.sample().weight > 0).all()
 
 
 # -- priorities ------------------------------------------------------------------------------------

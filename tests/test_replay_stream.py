@@ -115,3 +115,15 @@ def test_a_stop_is_heard_at_each_unroll(make_stream):
     with pytest.raises(Stopped):
         after.restore(segments, lambda: next(beats))
     assert list(after.store.unrolls) == [0, 1, 2]
+
+
+def test_a_folder_that_cannot_be_listed_holds_nothing_up_and_loses_nothing(make_stream, tmp_path):
+    stream = make_stream()
+    stream.begin([])
+    take(stream, 2 * CAPACITY)
+    segments = save(stream)
+    (tmp_path / "checkpoints").rename(tmp_path / "away")
+    (tmp_path / "checkpoints").write_text("no folder")
+    take(stream, 3 * CAPACITY)
+    names = {path.name for path in (tmp_path / "replay").iterdir()}
+    assert names >= {segment["file"] for segment in segments}

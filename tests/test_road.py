@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -252,3 +253,17 @@ def test_the_best_by_evaluation_is_kept_and_plays_the_same_games_again(start):
     assert cli.main(["eval", str(run.folder), "--checkpoint", "best", *same]) == 0
     line = (run.folder / "evaluations.jsonl").read_text().splitlines()[-1]
     assert json.loads(line)["eval/return"] == pytest.approx(best["eval/return"])
+
+
+@pytest.mark.parametrize("schedule", ["async", "serial"])
+def test_a_run_whose_checkpoints_are_gone_is_refused_and_its_logs_stand(schedule, start):
+    run = start("run", EXACT, "--schedule", schedule, "--total-env-steps", 1_000)
+    status, output = run.finish()
+    assert status == 0, output
+    before = (run.folder / "metrics.jsonl").read_bytes()
+    shutil.rmtree(run.folder / "checkpoints")
+    again = start("run", EXACT, "--schedule", schedule, "--total-env-steps", 1_000)
+    status, output = again.finish()
+    assert status == 2 and "put one back" in output and "Traceback" not in output
+    assert not again.count("restarted", "")
+    assert (run.folder / "metrics.jsonl").read_bytes() == before

@@ -29,10 +29,10 @@ def try_model(
 ) -> tuple[Tree, dict[str, Tensor]]:
     """Fields of a model's state for one environment, and its outputs (T, B, ...) of nothing.
 
-    The model is called once on two steps of three environments. ValueError, with the contract,
-    where it has no state contract, changes its state's shape, or lacks the outputs that `head`
-    stands for ("q", or "actor_critic": a value and logits, or mean and log_std; or a record of
-    `return_heads`).
+    The model is called on two steps of three environments, and on one, as actors do. ValueError,
+    with the contract, where it has no state contract, changes its state's shape, or lacks the
+    outputs that `head` stands for ("q", or "actor_critic": a value and logits, or mean and log_std;
+    or a record of `return_heads`).
     """
     if not hasattr(model, "initial_state"):
         raise ValueError(
@@ -88,6 +88,9 @@ def try_model(
                 f"expected a model output {name!r} of shape {(T, B, *shape)} for {action_space} "
                 f"and an algorithm that learns a head {head!r}, got {got or sorted(outputs)}"
             )
+    with torch.no_grad():
+        one = tree_map(lambda leaf: leaf[:1], obs)
+        call(f"{who}, of one step,", model, one, torch.ones(1, B, dtype=torch.bool), after)
     return before, outputs
 
 

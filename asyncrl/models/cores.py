@@ -54,5 +54,6 @@ class FrameStack(nn.Module):
         frame = frames.transpose(0, 1)
         stack = torch.cat([before, frame], 1)  # (B, k, *frame)
         if True in first.tolist()[0]:  # a tenth of what first.any() takes
-            stack[first[0]] = frame[first[0]]
+            opens = first.view(-1, *[1] * (stack.ndim - 1))
+            stack = torch.where(opens, frame, stack)  # indices know no unsigned integers
         return stack.unsqueeze(0), {"frames": stack[:, 1:]}

@@ -229,7 +229,9 @@ class Replay:
         return self.states.gather(self, *self._draw())
 
     def _draw(self) -> tuple[Index, Tensor]:
-        drawn = self.selection.draw(self.batch_size, self._ends(), self.limiter.inserted)
+        begins = [self._entry(lane.expired) for lane in self.lanes]
+        inserted = self.limiter.inserted
+        drawn = self.selection.draw(self.batch_size, begins, self._ends(), inserted)
         self.limiter.sampled += self.limiter.batch_size
         return drawn
 
@@ -323,7 +325,8 @@ class Replay:
         self.unrolls.clear()
         self.limiter.inserted = position["inserted"]
         for lane, (end, generation, sequence) in zip(self.lanes, position["lanes"], strict=True):
-            lane.end, lane.expired, lane.restored = end, 0, end > 0
+            # What came before it had expired, or is lost.
+            lane.end, lane.expired, lane.restored = end, max(end - 1, 0), end > 0
             lane.follows = (generation, sequence) if end else None
 
     def state_dict(self) -> dict:

@@ -89,13 +89,18 @@ class Selection:
 
     # -- draws -----------------------------------------------------------------------------------
 
-    def draw(self, num: int, ends: list[int], env_steps: int) -> tuple[Index, Tensor]:
+    def draw(
+        self, num: int, begins: list[int], ends: list[int], env_steps: int
+    ) -> tuple[Index, Tensor]:
         """`num` entries, with replacement, and their weights (num,).
 
-        ends: one past the newest entry of each lane. A weight is 1 for uniform draws; else the
+        begins, ends: the oldest entry of each lane that may still be drawable, as far as it has
+        not been overwritten, and one past the newest. A weight is 1 for uniform draws; else the
         importance weight, divided by the batch's largest; 0 for a draw that found nothing.
         """
-        index, priority = self._draw_priority(num, ends) if self.tree else self._draw(num, ends)
+        index, priority = (
+            self._draw_priority(num, ends) if self.tree else self._draw(num, begins, ends)
+        )
         found = priority > 0
         if not self.tree:
             return index, found.float()
@@ -103,14 +108,15 @@ class Selection:
         least = torch.where(found, priority, torch.inf).min()
         return index, torch.where(found, (least / priority) ** exponent, 0.0)
 
-    def _draw(self, num: int, ends: list[int]) -> tuple[Index, Tensor]:
+    def _draw(self, num: int, begins: list[int], ends: list[int]) -> tuple[Index, Tensor]:
         """Uniform by rejection, without asking the device how many were rejected.
 
         Four times the batch and more are proposed among the live entries and the first drawable
         ones taken. Nearly all live ones are drawable; should too few be found, the rest is not.
         """
         B, device = self.circle.num_envs, self.circle.device
-        oldest = [max(end - self.circle.rows, 0) for end in ends]
+        rows = self.circle.rows
+        oldest = [max(begin, end - rows) for begin, end in zip(begins, ends, strict=True)]
         live = [(end - old) * B for end, old in zip(ends, oldest, strict=True)]
         lane_ends = np.cumsum(live)
         proposals = torch.randint(
