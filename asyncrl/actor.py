@@ -7,8 +7,10 @@ for them the net has been through the next group. Between unrolls it pulls the n
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,7 +91,8 @@ class LaneState:
         """New environments, seeded by (seed, lane, generation), and empty memories."""
         if self.envs is not None:
             self.envs.close()
-        self.envs = self.make_envs()
+        with giving_way():
+            self.envs = self.make_envs()
         self.generation = generation
         num_envs = self.envs.num_envs
         self.obs = self.envs.reset(seed_for(seed, self.index, generation))
@@ -98,6 +101,23 @@ class LaneState:
         self.step = np.zeros(num_envs, np.int64)  # env steps of each running episode
         self.state = tree_map(lambda part: part.to(device), model.initial_state(num_envs))
         self.policy_state = policy.initial_state(num_envs)
+
+
+@contextlib.contextmanager
+def giving_way() -> Iterator[None]:
+    """Threads and processes that begin in here never push aside whoever runs already: those of
+    environments would keep the one that acts, and has the next actions for them, waiting."""
+    usual, polite = ((kind, os.sched_param(0)) for kind in (os.SCHED_OTHER, os.SCHED_BATCH))
+    if os.sched_getscheduler(0) != os.SCHED_OTHER:  # somebody else has decided
+        yield
+        return
+    with contextlib.suppress(PermissionError):  # a container may forbid it
+        os.sched_setscheduler(0, *polite)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(PermissionError):
+            os.sched_setscheduler(0, *usual)
 
 
 class Actor:

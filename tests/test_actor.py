@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import threading
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from asyncrl.actor import Actor, ActorConfig, context_fields
+from asyncrl.actor import Actor, ActorConfig, context_fields, giving_way
 from asyncrl.env_config import EnvConfig
 from asyncrl.envs import make_envs
 from asyncrl.policies import Greedy, Mixture, Part, Random
@@ -127,3 +130,17 @@ def test_lengths_by_policy_are_not_looked_at_where_parts_change_within_a_game():
         with pytest.raises(ValueError, match=r'scope of "game" for far, .* got "life"; use "game"'):
             Mixture((master, Part("far", far)), "life")
     Mixture((master, Part("far", RandomSwitch(Greedy(), Random()))), "life")
+
+
+def test_the_threads_of_environments_give_way_to_the_one_that_acts():
+    def policies() -> dict[int, int]:
+        return {int(t): os.sched_getscheduler(int(t)) for t in os.listdir("/proc/self/task")}
+
+    before = policies()
+    with giving_way():
+        envs = make_envs(EnvConfig("ALE/Pong-v5", protocol="classic", num_threads=2), 2)
+    after = policies()
+    made = after.keys() - before.keys()
+    assert len(made) == 2 and {after[thread] for thread in made} == {os.SCHED_BATCH}
+    assert after[threading.get_native_id()] == os.SCHED_OTHER
+    envs.close()
