@@ -92,8 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("runs", nargs="+", metavar="RUN", help="ids or folders of runs")
     plot.add_argument(
         "--output", type=Path, metavar="FILE",
-        help="where to, by its ending a .png, .svg or .pdf (default: RUN/plots/returns.png, for "
-        "several runs plot.png here)",
+        help="where to, by its ending a .png, .svg or .pdf (default: in RUN/plots, for several "
+        "runs plot.png here)",
     )  # fmt: skip
     plot.add_argument("--by", choices=["policy"], help="a curve for each policy of the mix")
     words = "only episodes of this policy of the mix"

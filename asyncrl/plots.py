@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from asyncrl.logs import read_episodes, read_metrics
 
@@ -71,7 +71,8 @@ def plot(
     groups: dict[str, list[_Run]] = {}
     for run in runs:
         groups.setdefault(run.settings if group else str(run.folder), []).append(run)
-    default = runs[0].folder / "plots" / "returns.png" if len(runs) == 1 else "plot.png"
+    name = f"returns_by_{by}.png" if by else "returns.png"
+    default = runs[0].folder / "plots" / name if len(runs) == 1 else "plot.png"
     output = Path(output or default)
     output.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
@@ -230,9 +231,9 @@ def _draw_speed(axes, groups: list[list[_Run]]) -> None:
         for color, _, run in _each(groups):
             axes.plot(*run.binned(f"rate/{name}"), dashes, color=color, label=label)
             label = None
-    axes.set(title="speed", ylabel="per second")
+    axes.set(title="speed", ylabel="per second", yscale="log")  # updates may be a hundredth
     axes.yaxis.set_major_formatter(EngFormatter())
-    axes.set_ylim(bottom=0)
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_lag(axes, groups: list[list[_Run]]) -> None:
