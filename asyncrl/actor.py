@@ -107,17 +107,17 @@ class LaneState:
 def giving_way() -> Iterator[None]:
     """Threads and processes that begin in here never push aside whoever runs already: those of
     environments would keep the one that acts, and has the next actions for them, waiting."""
-    usual, polite = ((kind, os.sched_param(0)) for kind in (os.SCHED_OTHER, os.SCHED_BATCH))
-    if os.sched_getscheduler(0) != os.SCHED_OTHER:  # somebody else has decided
-        yield
-        return
-    with contextlib.suppress(PermissionError):  # a container may forbid it
-        os.sched_setscheduler(0, *polite)
+    changed = False
+    with contextlib.suppress(OSError):  # a container may forbid it
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:  # else somebody has decided
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+            changed = True
     try:
         yield
     finally:
-        with contextlib.suppress(PermissionError):
-            os.sched_setscheduler(0, *usual)
+        with contextlib.suppress(OSError):
+            if changed:
+                os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 class Actor:
@@ -159,9 +159,7 @@ class Actor:
         """One unroll of each due lane; a step of one overlaps the net's turn with the next."""
         self._spend(Word.TIME_WAIT)
         self._pull()
-        # In inference mode autocast would convert all weights at each row.
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
-        with torch.no_grad(), autocast:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             self._play(self.due())
 
     def _play(self, lanes: list[LaneState]) -> None:
@@ -250,8 +248,11 @@ class Actor:
             lambda part: torch.as_tensor(part[t : t + 1], device=self.device),
             (unroll.obs, unroll.first),
         )
-        outputs, lane.state = self.model(obs, first, lane.state)
-        outputs = {name: part[0].to("cpu", torch.float32).numpy() for name, part in outputs.items()}
+        with torch.no_grad():  # in inference mode autocast would convert all weights at each row
+            outputs, lane.state = self.model(obs, first, lane.state)
+            outputs = {
+                name: part[0].to("cpu", torch.float32).numpy() for name, part in outputs.items()
+            }
         opens = lane.first if self.policy.scope == "game" else lane.new_life
         action, log_prob, lane.policy_state = self.policy(
             outputs, lane.policy_state, opens, lane.step, lane.context, lane.rng

@@ -184,7 +184,8 @@ class RunFolder:
             before = _stored(self.folder, "config.json", _config)
             changed = differences(before, plan.config)
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # cannot be read
-                changed = changed or differences(Plan.read(self.folder).wire, plan.wire)
+                last = Plan.read(self.folder)  # of its last start, which may have got nowhere
+                changed = changed or differences(last.parameters, plan.parameters)
             if changed:
                 raise Refused(
                     f"expected the configuration that run {self.folder.name} began with, got:",

@@ -55,6 +55,8 @@ class Tail:
                 file.seek(0)
                 self._position, self._last = 0, b""
             data = file.read(READ_NBYTES)
+            while b"\n" not in data and (more := file.read(READ_NBYTES)):
+                data += more
             data = data[: data.rfind(b"\n") + 1]
             self._position += len(data)
             self._last = (self._last + data)[-256:]
@@ -147,7 +149,10 @@ class Panel:
             for line in lines:
                 with suppress(ValueError, AttributeError):
                     self._take({k: v for k, v in json.loads(line).items() if v is not None})
-        events = parse_events(self._event_log.read()[0])
+        texts: list[str] = []
+        while lines := self._event_log.read()[0]:
+            texts += lines
+        events = parse_events(texts)
         self.events.extend(events)
         self.life.take(events)
         return [event for event in events if event.time >= self._start_time]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import select
 import signal
 import sys
 import traceback
@@ -43,9 +44,9 @@ class Plan:
     learns_until: int | None = None  # env steps; the learning rate is 0 behind them
 
     @property
-    def wire(self) -> dict:
-        """Names, shapes and types of all that is saved and sent."""
-        return {"model": self.weights["dict"]["model"]["dict"]} | self.spec
+    def parameters(self) -> dict:
+        """Names, shapes and types of what the model learns and keeps."""
+        return {"model": self.weights["dict"]["model"]["dict"]}
 
     @classmethod
     def read(cls, folder: Path) -> Plan:
@@ -149,10 +150,12 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
     )
 
 
-def _learns_until(config) -> int:
+def _learns_until(config) -> int | None:
     from asyncrl.schedules import value_at
 
-    rate, total = config.algorithm.learning_rate, config.total_env_steps
+    rate, total = getattr(config.algorithm, "learning_rate", None), config.total_env_steps
+    if rate is None:
+        return None
     moments = (total * percent // 100 for percent in range(100, 0, -1))
     return next((moment for moment in moments if value_at(rate, moment) > 0), 0)
 
@@ -177,9 +180,6 @@ def in_words(launch_file: Path, work: Callable[[], object]) -> int:
     try:
         work()
         sys.stdout.flush()
-    except BrokenPipeError:  # nobody reads on: `--help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
     except (ConfigError, ValueError) as error:
         if isinstance(error, LaunchFileError) and not isinstance(error.__cause__, ValueError):
             traceback.print_exception(error.__cause__)
@@ -188,6 +188,8 @@ def in_words(launch_file: Path, work: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         return 130
     except (Exception, SystemExit) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return EXIT_FAILED
         frames = traceback.extract_tb(error.__traceback__)
         wrong = type(error).__name__
         if isinstance(error, SystemExit):
@@ -201,6 +203,16 @@ def in_words(launch_file: Path, work: Callable[[], object]) -> int:
         print(f"asyncrl: {launch_file}{where} cannot be used: {wrong}: {error}", file=sys.stderr)
         return EXIT_REFUSED
     return 0
+
+
+def _nobody_reads() -> bool:
+    """Whether what is printed goes nowhere any more, as by `--help | head`; then for good."""
+    reader = select.poll()
+    reader.register(sys.stdout.fileno(), 0)
+    if not reader.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def prepare_main(launch_file: Path, original: Path, fd: int, options: list[str]) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from asyncrl.logs import read_episodes, read_metrics
 
@@ -233,6 +233,7 @@ def _draw_speed(axes, groups: list[list[_Run]]) -> None:
             label = None
     axes.set(title="speed", ylabel="per second", yscale="log")  # updates may be a hundredth
     axes.yaxis.set_major_formatter(EngFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 

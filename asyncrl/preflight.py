@@ -119,7 +119,8 @@ def learning_rate(plan: Plan) -> Check:
     if until is None or until >= 0.95 * total:
         return Check("learning rate", "ok", ("above 0 until the end",))
     words = f"0 from some {until:,} of {total:,} env steps on: nothing is learned there"
-    remedy = "for a longer run begin one with another id and --algorithm.learning-rate.steps too"
+    remedy = "a schedule is not stretched: begin the run with a longer one, where it is a Linear "
+    remedy += "by --algorithm.learning-rate.steps"
     return Check("learning rate", "warning", (words,), remedy)
 
 

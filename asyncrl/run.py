@@ -207,7 +207,7 @@ def run_learner(process: Process, index: int, generation: int) -> None:
     def wait(condition) -> bool:
         return not learner.beat() and links.learner_bell.wait_for(condition, learner.beat)
 
-    begin(learner, generation)
+    begin(learner, status)
     if turn_based:
         learner.run_in_turns(wait)
     else:
@@ -232,7 +232,7 @@ def run_serial(process: Process, index: int, generation: int) -> None:
             actor.play()
         return not learner.beat()
 
-    begin(learner, generation)
+    begin(learner, status)
     learner.run_in_turns(play)
     learner.finish()
     status.words[Status.DONE] = 1
@@ -240,13 +240,13 @@ def run_serial(process: Process, index: int, generation: int) -> None:
         actor.close()
 
 
-def begin(learner, generation: int) -> None:
+def begin(learner, status: Status) -> None:
     """Load the newest checkpoint, and say in the log where the run goes on."""
     try:
         resumed = learner.start(resume=True)
     except CheckpointError as error:
-        if generation == 0:  # later ones are tried again: a file system may have gone for a while
-            error.exit_status = EXIT_REFUSED
+        if not status.words[Status.LEARNER_RESTARTS]:
+            error.exit_status = EXIT_REFUSED  # later it is tried again: a disk may come back
         raise
     if learner.stopped:  # and has said so
         return

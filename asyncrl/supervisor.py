@@ -193,13 +193,13 @@ class Supervisor:
         self.status.words[Status.DONE] &= not child.learns
         if child.role == "actor":
             self._rings_of(child)[0].words[Word.BEAT] = 0
+        word = {"actor": Status.RESTARTS, "evaluator": Status.EVALUATOR_RESTARTS}
+        self.status.words[word.get(child.role, Status.LEARNER_RESTARTS)] += again
         arguments = [child.role, str(child.index), str(self.folder), str(os.getpid())]
         with open_log(self._log_of(child)) as log:
             child.process = self.template.fork([*arguments, str(generation)], self.fds, log)
         child.generation, child.started, child.refused = generation, time.monotonic(), 0
         verb = "restarted" if again else "started"
-        word = {"actor": Status.RESTARTS, "evaluator": Status.EVALUATOR_RESTARTS}
-        self.status.words[word.get(child.role, Status.LEARNER_RESTARTS)] += again
         self.events.event(
             verb, f"{child.name} {verb}", pid=child.process.pid, generation=child.generation
         )
@@ -226,7 +226,8 @@ class Supervisor:
                 child.gone = True
                 if child.learns:
                     self.last_words.append(self._report_death(child, code))
-                    begun = child.generation or self._has_worked(child)
+                    restarts = self.status.words[Status.LEARNER_RESTARTS]
+                    begun = restarts or self._has_worked(child)
                     self.exit_status = EXIT_FAILED if begun or code != EXIT_REFUSED else code
             else:
                 self._mourn(child, code)

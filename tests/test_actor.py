@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from asyncrl.actor import Actor, ActorConfig, context_fields, giving_way
+from asyncrl.actor import Actor, ActorConfig, context_fields
 from asyncrl.env_config import EnvConfig
 from asyncrl.envs import make_envs
 from asyncrl.policies import Greedy, Mixture, Part, Random
@@ -132,15 +132,33 @@ def test_lengths_by_policy_are_not_looked_at_where_parts_change_within_a_game():
     Mixture((master, Part("far", RandomSwitch(Greedy(), Random()))), "life")
 
 
+
 def test_the_threads_of_environments_give_way_to_the_one_that_acts():
     def policies() -> dict[int, int]:
-        return {int(t): os.sched_getscheduler(int(t)) for t in os.listdir("/proc/self/task")}
+        threads = map(int, os.listdir("/proc/self/task"))
+        return {thread: os.sched_getscheduler(thread) for thread in threads}
 
-    before = policies()
-    with giving_way():
-        envs = make_envs(EnvConfig("ALE/Pong-v5", protocol="classic", num_threads=2), 2)
-    after = policies()
-    made = after.keys() - before.keys()
-    assert len(made) == 2 and {after[thread] for thread in made} == {os.SCHED_BATCH}
-    assert after[threading.get_native_id()] == os.SCHED_OTHER
-    envs.close()
+    before, seen = policies(), []
+
+    class Looks(Indifferent):
+        def forward(self, obs, first, state):
+            seen.append(policies())
+            return super().forward(obs, first, state)
+
+    play(Mixture((Part("random", Random()),)), 1, Looks())
+    made = seen[-1].keys() - before.keys()
+    assert made and {seen[-1][thread] for thread in made} == {os.SCHED_BATCH}
+    assert seen[-1][threading.get_native_id()] == os.SCHED_OTHER
+
+
+def test_environments_may_use_gradients():
+    """What an actor does without them is its own forward pass alone."""
+    seen = []
+
+    class Looks(Random):
+        def __call__(self, *arguments):
+            seen.append(torch.is_grad_enabled())
+            return super().__call__(*arguments)
+
+    play(Mixture((Part("random", Looks()),)), 1)
+    assert seen and all(seen)

@@ -18,6 +18,7 @@ from asyncrl.algorithms.gradient import GradientStep
 from asyncrl.algorithms.ppo import PPOConfig, ppo_loss, value_loss
 from asyncrl.models import ModelConfig
 from asyncrl.schedules import Linear
+from asyncrl.state import flatten, unflatten
 from asyncrl.stores.rollout import Rollout
 from asyncrl.types import Spec
 from tests.streams import make_spec
@@ -480,3 +481,34 @@ def test_settings_that_cannot_be_are_refused():
             PPOConfig(**wrong)
     with pytest.raises(ValueError, match="expected clip_rho of at least 0"):
         A2CConfig(clip_rho=-1.0)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
+def test_moments_that_were_saved_in_another_order_of_memory_go_on_alike(optimizer):
+    """A convolution's weights are channels last; a checkpoint holds all numbers in one order."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            convolution = nn.Conv2d(3, 8, 3)
+            self.convolution = convolution.to(memory_format=torch.channels_last)
+            self.scale = nn.Parameter(torch.tensor(1.0))
+
+    torch.manual_seed(0)
+    one = Net()
+    batches = torch.randn(6, 4, 3, 8, 8)
+
+    def descend(net: Net, step: GradientStep, batches: torch.Tensor) -> None:
+        for batch in batches:
+            step((net.convolution(batch) * net.scale).square().mean(), 0)
+
+    first = GradientStep(one, 1e-2, 0.5, 1e-8, optimizer)
+    descend(one, first, batches[:3])
+    twin = deepcopy(one)
+    second = GradientStep(twin, 1e-2, 0.5, 1e-8, optimizer)
+    arrays, numbers = flatten(first.state_dict())
+    second.load_state_dict(unflatten(arrays | numbers))
+    descend(one, first, batches[3:])
+    descend(twin, second, batches[3:])
+    for mine, theirs in zip(one.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, theirs)

@@ -267,3 +267,20 @@ def test_a_run_whose_checkpoints_are_gone_is_refused_and_its_logs_stand(schedule
     assert status == 2 and "put one back" in output and "Traceback" not in output
     assert not again.count("restarted", "")
     assert (run.folder / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("schedule", ["async", "lockstep"])
+def test_a_learner_that_finds_no_checkpoint_for_a_while_is_tried_again(schedule, start):
+    """A file system may go and come back; a run that went on for long is not refused for it."""
+    often = ("--learner.checkpoint-seconds", 0.3, "--total-env-steps", 6_000)
+    run = start("run", EXACT, "--schedule", schedule, *often)
+    run.wait_until(lambda: run.num_saved() > 1)
+    away = run.folder.with_name("away")
+    learner = run.find("learner 0")
+    (run.folder / "checkpoints").rename(away)
+    learner.kill()
+    run.wait_until(lambda: run.count("death", "learner") > 1)  # its next one found none
+    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+    away.rename(run.folder / "checkpoints")
+    status, output = run.finish()
+    assert status == 0, output

@@ -59,6 +59,26 @@ def try_model(
 
     samples = [space.sample() for _ in range(T * B)]
     obs = tree_map(stacked, space_fields(observation_space), *samples)
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(
+                f"expected finite parameters, got others in {name} before anything was learned; "
+                "look at how the model fills it"
+            )
+    expected = _expected(head, action_space)
+    outputs, after = _tried(who, model, obs, state, expected)
+    training = model.training
+    model.eval()  # as actors have it, who go step by step
+    _tried(who, model, tree_map(lambda leaf: leaf[:1], obs), after, expected)
+    model.train(training)
+    return _fields(state), outputs
+
+
+def _tried(
+    who: str, model: nn.Module, obs: Tree, state: Tree, expected: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, Tensor], Tree]:
+    """(outputs, state) of a call with opening observations, held against the contract."""
+    T, B = tree_leaves(obs)[0].shape[:2]
     with torch.no_grad():
         returned = call(who, model, obs, torch.ones(T, B, dtype=torch.bool), state)
     kinds = [type(part).__name__ for part in returned] if isinstance(returned, tuple) else ()
@@ -69,29 +89,20 @@ def try_model(
             f"{CONTRACT}"
         )
     outputs, after = returned
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise ValueError(
-                f"expected finite parameters, got others in {name} before anything was learned; "
-                "look at how the model fills it"
-            )
     before, fields = _fields(state), _fields(after)
     if before != fields:
         raise ValueError(
             f"expected a model to return a state like the one it was given, got {fields} after "
             f"{before}: {CONTRACT}"
         )
-    for name, shape in _expected(head, action_space).items():
+    for name, shape in expected.items():
         got = tuple(outputs[name].shape) if name in outputs else None
         if got != (T, B, *shape):
             raise ValueError(
-                f"expected a model output {name!r} of shape {(T, B, *shape)} for {action_space} "
-                f"and an algorithm that learns a head {head!r}, got {got or sorted(outputs)}"
+                f"expected a model output {name!r} of shape {(T, B, *shape)} with the algorithm's "
+                f"head, got {got or sorted(outputs)}"
             )
-    with torch.no_grad():
-        one = tree_map(lambda leaf: leaf[:1], obs)
-        call(f"{who}, of one step,", model, one, torch.ones(1, B, dtype=torch.bool), after)
-    return before, outputs
+    return outputs, after
 
 
 def _fields(state: Tree) -> Tree:
