@@ -15,6 +15,7 @@ that --chaos and --soak do not know are those of the launch file.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -54,7 +55,7 @@ FAULTS = (
           processes.fault_04),
     Fault(5, "native crash, exit()", "SIGSEGV, abort, _exit(0)", "as 1; stack in events.log",
           processes.fault_05),
-    Fault(6, "killed inside the slot write", "200 random moments", "no torn slot is read"),
+    Fault(6, "killed inside the slot write", "1,000 random moments", "no torn slot is read"),
     Fault(7, "all actors die at once", "kill -9", "learner waits; all back in 10 s",
           processes.fault_07),
     Fault(8, "learner killed", "kill -9", "resumed from its newest checkpoint",
@@ -97,11 +98,14 @@ FAULTS = (
 )  # fmt: skip
 
 
-def by_tests(number: int) -> Outcome:
+def by_tests(number: int, quick: bool) -> Outcome:
     """Run the tests that have this fault's number in their names."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
                "tests/faults", "-k", f"fault_{number:02d}_"]  # fmt: skip
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    more = {} if quick else {"ASYNCRL_TEST_KILLS": "1000"}
+    result = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, env=os.environ | more
+    )
     if result.returncode:
         raise AssertionError(result.stdout[-3000:])
     return Outcome()
@@ -114,7 +118,8 @@ def measure(fault: Fault, options: argparse.Namespace, report: Report) -> dict:
         folder = Path(tempfile.mkdtemp(prefix=f"fault-{fault.number:02d}-"))
         lab = Lab(folder / "runs", options.patience, options.quick)
         try:
-            outcomes.append(fault.inject(lab) if fault.inject else by_tests(fault.number))
+            inject = fault.inject or (lambda lab: by_tests(fault.number, lab.quick))
+            outcomes.append(inject(lab))
         except Exception as error:
             score = 0
             what = "" if isinstance(error, AssertionError) else traceback.format_exc()

@@ -835,7 +835,7 @@ class FailsAtOneStep(Own):
 
 def test_a_model_is_tried_with_one_step_as_actors_make_it():
     model = FailsAtOneStep(Q, {})
-    with pytest.raises(ValueError, match=r"'q' of shape \(1, 3, 2\) .*, got \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"'q' of shape \(1, 3, ...\) for one step, got \(3, 2\)"):
         try_model(model, "q", spaces.Box(-1, 1, (3,)), spaces.Discrete(2))
 
 

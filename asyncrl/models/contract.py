@@ -66,18 +66,29 @@ def try_model(
                 "look at how the model fills it"
             )
     expected = _expected(head, action_space)
-    outputs, after = _tried(who, model, obs, state, expected)
+    outputs, after = _tried(who, model, obs, state)
+    for name, shape in expected.items():
+        got = tuple(outputs[name].shape) if name in outputs else None
+        if got != (T, B, *shape):
+            raise ValueError(
+                f"expected a model output {name!r} of shape {(T, B, *shape)} for {action_space} "
+                f"and an algorithm that learns a head {head!r}, got {got or sorted(outputs)}"
+            )
     training = model.training
     model.eval()  # as actors have it, who go step by step
-    _tried(who, model, tree_map(lambda leaf: leaf[:1], obs), after, expected)
+    one = _tried(who, model, tree_map(lambda leaf: leaf[:1], obs), after)[0]
     model.train(training)
+    for name in expected:  # behind (T, B) shapes may differ: IQN draws other numbers of fractions
+        if name not in one or one[name].shape[:2] != (1, B):
+            raise ValueError(
+                f"expected a model output {name!r} of shape (1, {B}, ...) for one step, got "
+                f"{tuple(one[name].shape) if name in one else sorted(one)}: {CONTRACT}"
+            )
     return _fields(state), outputs
 
 
-def _tried(
-    who: str, model: nn.Module, obs: Tree, state: Tree, expected: dict[str, tuple[int, ...]]
-) -> tuple[dict[str, Tensor], Tree]:
-    """(outputs, state) of a call with opening observations, held against the contract."""
+def _tried(who: str, model: nn.Module, obs: Tree, state: Tree) -> tuple[dict[str, Tensor], Tree]:
+    """(outputs, state) of a call with opening observations; the state is like the one before."""
     T, B = tree_leaves(obs)[0].shape[:2]
     with torch.no_grad():
         returned = call(who, model, obs, torch.ones(T, B, dtype=torch.bool), state)
@@ -95,13 +106,6 @@ def _tried(
             f"expected a model to return a state like the one it was given, got {fields} after "
             f"{before}: {CONTRACT}"
         )
-    for name, shape in expected.items():
-        got = tuple(outputs[name].shape) if name in outputs else None
-        if got != (T, B, *shape):
-            raise ValueError(
-                f"expected a model output {name!r} of shape {(T, B, *shape)} with the algorithm's "
-                f"head, got {got or sorted(outputs)}"
-            )
     return outputs, after
 
 
