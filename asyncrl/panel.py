@@ -136,6 +136,8 @@ class Panel:
 
     def _show_plain(self, news: list[Event]) -> None:
         for event in news:
+            if event.kind == "end" and self._unshown:  # what it came to stands before it
+                self._print_row()
             self._print(event.time, f"{event.kind}: {event.text.splitlines()[0]}")
         if self._unshown and time.monotonic() - self._plain_time >= PLAIN_PERIOD_SECONDS:
             self._print_row()

@@ -238,3 +238,14 @@ def test_a_row_is_json_from_somebody_else(tmp_path):
     panel = Panel(tmp_path, None, io.StringIO())
     panel._read()
     assert panel.row == {"env_steps": 3}
+
+
+def test_the_last_row_stands_before_the_end(tmp_path):
+    stream = io.StringIO()
+    panel = Panel(tmp_path, 100, stream)
+    RunLog(tmp_path, tensorboard=False).write({"env_steps": 100})
+    EventLog(tmp_path / "events.log").event("end", "run x ended")
+    panel.refresh()
+    panel.close()
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2 and "env_steps=100" in lines[0] and "end: run x ended" in lines[1]
