@@ -243,6 +243,7 @@ def test_a_row_is_json_from_somebody_else(tmp_path):
 def test_the_last_row_stands_before_the_end(tmp_path):
     stream = io.StringIO()
     panel = Panel(tmp_path, 100, stream)
+    panel._start_time -= 1  # events are logged to the millisecond
     RunLog(tmp_path, tensorboard=False).write({"env_steps": 100})
     EventLog(tmp_path / "events.log").event("end", "run x ended")
     panel.refresh()
