@@ -25,7 +25,7 @@ from asyncrl.models.precision import Precision, computes_in_bfloat16
 from asyncrl.policies import Context, Mixture, unroll_rng
 from asyncrl.transport.ring import Ring, UnrollWriter, Word
 from asyncrl.transport.weights import WeightsReader
-from asyncrl.types import Field, Unroll, tree_map
+from asyncrl.types import Field, Tree, Unroll, tree_map
 
 FIRST_STEP_NANOSECONDS = 110_000_000_000  # beside the time that every step has
 
@@ -140,6 +140,9 @@ class Actor:
         self.model = model.to(self.device).eval()
         self.bfloat16 = computes_in_bfloat16(config.precision, self.device, self.model)
         self.noisy = noisy_layers(self.model)
+        # Random play needs the model's memory at the end of an unroll, not what it makes of a row.
+        once = policy.blind and hasattr(model, "advance")
+        self.blind = once and all(ring.num_states == 1 for ring in rings.values())
         self.policy, self.seed, self.generation = policy, seed, generation
         self.lanes = [LaneState(lane, ring, make_envs) for lane, ring in rings.items()]
         self.fresh: set[int] = set()  # lanes whose environments have not made their first step
@@ -182,6 +185,8 @@ class Actor:
                 self._act(lane, unroll, t)
         for lane, unroll in zip(lanes, unrolls, strict=True):
             self._finish(lane, unroll, T - 1)
+            if self.blind:
+                self._advance(lane, unroll)
             lane.writer.commit()
 
     def idle(self) -> None:
@@ -244,18 +249,11 @@ class Actor:
         if not between:  # a state to be stored; the slot has room for one stack of frames only
             tree_map(lambda slot, part: slot[s : s + 1].__setitem__(..., part.cpu().numpy()),
                      unroll.state, lane.state)  # fmt: skip
-        obs, first = tree_map(
-            lambda part: torch.as_tensor(part[t : t + 1], device=self.device),
-            (unroll.obs, unroll.first),
-        )
-        with torch.no_grad():  # in inference mode autocast would convert all weights at each row
-            outputs, lane.state = self.model(obs, first, lane.state)
-            outputs = {
-                name: part[0].to("cpu", torch.float32).numpy() for name, part in outputs.items()
-            }
+        if t == 0 or not self.blind:
+            self._evaluate(lane, unroll, t)
         opens = lane.first if self.policy.scope == "game" else lane.new_life
         action, log_prob, lane.policy_state = self.policy(
-            outputs, lane.policy_state, opens, lane.step, lane.context, lane.rng
+            lane.outputs, lane.policy_state, opens, lane.step, lane.context, lane.rng
         )
         unroll.action[t] = action
         unroll.log_prob[t] = log_prob
@@ -264,6 +262,30 @@ class Actor:
         self.beat()
         lane.envs.send(unroll.action[t])
         self._spend(Word.TIME_ENV)
+
+    def _evaluate(self, lane: LaneState, unroll: Unroll, t: int) -> None:
+        """What the model makes of row t, and its state behind it."""
+        obs, first = self._rows(unroll, slice(t, t + 1))
+        with torch.no_grad():  # in inference mode autocast would convert all weights at each row
+            outputs, lane.state = self.model(obs, first, lane.state)
+            lane.outputs = {
+                name: part[0].to("cpu", torch.float32).numpy() for name, part in outputs.items()
+            }
+
+    def _advance(self, lane: LaneState, unroll: Unroll) -> None:
+        """The model's state behind all rows, where it has seen no more than the first."""
+        if len(unroll.action) > 1:
+            with torch.no_grad():
+                rows = self._rows(unroll, slice(1, len(unroll.action)))
+                lane.state = self.model.advance(*rows, lane.state)
+            self._spend(Word.TIME_INFERENCE)
+
+    def _rows(self, unroll: Unroll, rows: slice) -> tuple[Tree, torch.Tensor]:
+        """(obs, first) of some rows, where the model computes."""
+        return tree_map(
+            lambda part: torch.as_tensor(part[rows], device=self.device),
+            (unroll.obs, unroll.first),
+        )
 
     def _finish(self, lane: LaneState, unroll: Unroll, t: int) -> None:
         """Write what the actions of row t caused, and the observation of row t+1."""

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import time
-import warnings
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 
 from asyncrl.env_actions import Actions, environments_with
 from asyncrl.env_config import EnvConfig
+from asyncrl.env_contract import check_observation_space, check_vector_env, is_ale
 
 
 class EnvStalled(TimeoutError):
@@ -57,10 +57,10 @@ class EnvGroup:
     """
 
     def __init__(self, env: VectorEnv, config: EnvConfig, num_envs: int):
-        _check_vector_env(env, config, num_envs)
+        check_vector_env(env, config, num_envs)
         is_gymnasium = isinstance(env, AsyncVectorEnv | SyncVectorEnv)
         self._is_async = isinstance(env, AsyncVectorEnv)
-        self._is_ale = _is_ale(env)
+        self._is_ale = is_ale(env)
         self._sends = self._is_ale and env.unwrapped is env  # a wrapper has step() alone
         # Without shared memory AsyncVectorEnv does not cancel its own reset (Gymnasium 1.4).
         resets_some = self._is_ale or (is_gymnasium and getattr(env, "shared_memory", True))
@@ -80,7 +80,7 @@ class EnvGroup:
         space = env.single_observation_space
         if self._squeezes:
             space = spaces.Box(space.low[0], space.high[0], dtype=space.dtype)
-        _check_observation_space(space, config)
+        check_observation_space(space, config)
         self.observation_space: spaces.Space = space
         self._actions = Actions(env.single_action_space, config.id)
         self.action_space = self._actions.space
@@ -241,57 +241,13 @@ class EnvGroup:
                 f"{self._config.id}: {name}: expected {space.dtype} of shape {expected} as its "
                 f"observation space says, got {getattr(obs, 'dtype', type(obs))} of shape {shape}"
             )
-        if obs.dtype.kind == "f" and not (finite := np.isfinite(obs)).all():
+        if obs.dtype.kind == "f" and np.count_nonzero(finite := np.isfinite(obs)) < obs.size:
             raise EnvDataError(
                 f"{self._config.id}: {name}: expected finite numbers, got "
                 f"{np.unique(obs[~finite]).tolist()} from environments "
                 f"{environments_with(~finite).tolist()}"
             )
         return obs.copy() if self._copies else obs
-
-
-def _is_ale(env: VectorEnv) -> bool:
-    return type(env.unwrapped).__module__.startswith("ale_py")
-
-
-def _check_vector_env(env: Any, config: EnvConfig, num_envs: int) -> None:
-    if not isinstance(env, VectorEnv):
-        raise ValueError(
-            f"env.id: expected {config.id} to make a gymnasium.vector.VectorEnv, got "
-            f"{type(env).__name__}; wrap it as SyncVectorEnv([make_one] * num_envs)"
-        )
-    batch = env.unwrapped.batch_size if _is_ale(env) else num_envs
-    if env.num_envs != num_envs or batch != num_envs:
-        raise ValueError(
-            f"env.id: expected {config.id} to make {num_envs} environments stepped together, got "
-            f"{env.num_envs} in batches of {batch}"
-        )
-    mode = env.metadata.get("autoreset_mode")
-    if _is_ale(env):
-        mode = env.unwrapped.autoreset_mode
-    elif env.metadata is VectorEnv.metadata:
-        mode = None  # it has none: AtariVectorEnv left its own in the class's dict
-    if mode is None:
-        message = f"{config.id}: no metadata['autoreset_mode']; taken for NEXT_STEP, as Gymnasium"
-        warnings.warn(message + " does", stacklevel=4)
-    elif AutoresetMode(mode) is not AutoresetMode.NEXT_STEP:
-        raise ValueError(
-            f"env.id: expected {config.id} to have AutoresetMode.NEXT_STEP, got {mode}: unrolls "
-            "hold the true final observation in its place; pass autoreset_mode=NEXT_STEP to it"
-        )
-
-
-def _check_observation_space(space: spaces.Space, config: EnvConfig, name: str = "obs") -> None:
-    if isinstance(space, spaces.Dict | spaces.Tuple):
-        for key, part in space.items() if isinstance(space, spaces.Dict) else enumerate(space):
-            _check_observation_space(part, config, f"{name}[{key!r}]")
-        return
-    known = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary
-    if not isinstance(space, known) or space.dtype.kind not in "biuf":
-        raise ValueError(
-            f"{config.id}: {name}: expected Box, Discrete, MultiDiscrete, MultiBinary, or Dict or "
-            f"Tuple of them, got {space}; wrap the environment to show one of these"
-        )
 
 
 def close_env(env: Any) -> None:

@@ -63,7 +63,8 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
     from asyncrl.envs import make_envs
     from asyncrl.foreign import call
     from asyncrl.models.contract import try_model
-    from asyncrl.policies import as_mixture, check_policy
+    from asyncrl.policies import as_mixture
+    from asyncrl.policy_contract import check_policy
     from asyncrl.stores.replay_config import fits_on_gpu
     from asyncrl.transport.weights import weights_fields
 

@@ -9,7 +9,8 @@ learner publishes beside the weights, `rng` is a counter-based generator made an
 A policy sees no weights, keeps no statistics and knows no process; `log_prob` is that of the action
 under the behaviour that really chose it. A policy that refers to others of its mix by name has a
 `check(names)`, which refuses names that are never drawn; one that is made of others has them as
-`inside`, {name: policy}. More policies: switch_policies.py.
+`inside`, {name: policy}; one that is `blind` looks at nothing in outputs but their shapes, bounds
+and which actions exist: it may be given those of an earlier row. More: switch_policies.py.
 """
 
 from __future__ import annotations
@@ -19,9 +20,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from gymnasium import spaces
 
-from asyncrl.policy_contract import check_part
 from asyncrl.sampling import epsilon_greedy, mode, preferences, sample, uniform, uniform_in_box
 from asyncrl.schedules import check_range, turns, value_at
 
@@ -55,6 +54,8 @@ class Sample:
 @dataclass(frozen=True)
 class Random:
     """Every action equally likely; those of a Box uniformly within its bounds."""
+
+    blind = True
 
     def initial_state(self, num_envs: int) -> Any:
         return ()
@@ -208,6 +209,10 @@ class Mixture:
         )
 
     @property
+    def blind(self) -> bool:
+        return all(getattr(part.policy, "blind", False) for part in self.parts)
+
+    @property
     def names(self) -> tuple[str, ...]:
         return tuple(part.name for part in self.parts)
 
@@ -253,15 +258,6 @@ def as_mixture(policy) -> Mixture:
     if isinstance(policy, Mixture):
         return policy
     return Mixture((Part(type(policy).__name__, policy),))
-
-
-def check_policy(mixture: Mixture, outputs: dict[str, np.ndarray], space: spaces.Space) -> None:
-    """Let all parts, and what is inside them, act once on a model's outputs (B, ...); ValueError,
-    with the part's name, for one that cannot."""
-    lengths = {name: np.zeros(0, np.int64) for name in mixture.names}
-    context, rng = Context(0, recent_lengths=lengths), unroll_rng(0, 0, 0)
-    for part in mixture.parts:
-        check_part(part.name, part.policy, outputs, space, context, rng)
 
 
 def unroll_rng(seed: int, lane: int, sequence: int) -> np.random.Generator:

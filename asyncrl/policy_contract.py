@@ -9,12 +9,22 @@ from gymnasium import spaces
 
 from asyncrl.env_actions import Actions
 from asyncrl.foreign import call
+from asyncrl.policies import Context, Mixture, unroll_rng
 from asyncrl.types import Tree, tree_map
 
 CONTRACT = (
     "a policy has initial_state(B) -> state and is called as policy(outputs, state, first, step, "
     "context, rng) -> (action (B, ...), log_prob (B,), state)"
 )
+
+
+def check_policy(mixture: Mixture, outputs: dict[str, np.ndarray], space: spaces.Space) -> None:
+    """Let all parts, and what is inside them, act once on a model's outputs (B, ...); ValueError,
+    with the part's name, for one that cannot."""
+    lengths = {name: np.zeros(0, np.int64) for name in mixture.names}
+    context, rng = Context(0, recent_lengths=lengths), unroll_rng(0, 0, 0)
+    for part in mixture.parts:
+        check_part(part.name, part.policy, outputs, space, context, rng)
 
 
 def check_part(

@@ -14,11 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from asyncrl.actor import Actor, ActorConfig, context_fields
 from asyncrl.env_config import EnvConfig
 from asyncrl.envs import make_envs
+from asyncrl.models.cores import FrameStack
 from asyncrl.policies import Greedy, Mixture, Part, Random
 from asyncrl.switch_policies import RandomSwitch, Switch
 from asyncrl.transport.ring import Ring, UnrollReader
 from asyncrl.transport.weights import WeightsBuffer, WeightsReader, WeightsWriter, weights_fields
-from asyncrl.types import Spec, tree_map
+from asyncrl.types import Field, Spec, tree_map
 
 pytest.importorskip("ale_py")
 BREAKOUT = EnvConfig("ALE/Breakout-v5", num_threads=1)
@@ -46,7 +47,8 @@ def play(
     model = model or Indifferent()
     config = ActorConfig(lanes_per_actor=1, envs_per_lane=B, unroll_length=T, precision=precision)
     envs = make_envs(BREAKOUT, 1)
-    spec = Spec(T, B, envs.observation_space, envs.action_space, {})
+    states = tree_map(lambda part: Field(tuple(part.shape[1:]), "uint8"), model.initial_state(1))
+    spec = Spec(T, B, envs.observation_space, envs.action_space, states)
     envs.close()
     ring = Ring(bytearray(Ring.nbytes(spec, config.slots_per_lane)), spec, config.slots_per_lane)
     fields = weights_fields(model.state_dict(), context_fields(len(mix.parts)))
@@ -66,7 +68,8 @@ def play(
         reader.release()
     actor.close()
     names = ("policy", "terminated", "episode_length", "first")
-    return {name: np.concatenate([getattr(row, name)[:T] for row in unrolls]) for name in names}
+    columns = {name: np.concatenate([getattr(row, name)[:T] for row in unrolls]) for name in names}
+    return columns | {"state": [row.state for row in unrolls]}
 
 
 class Rounded(Indifferent):
@@ -103,6 +106,37 @@ def test_weights_are_rounded_once_an_unroll_not_at_every_row():
     play(Mixture((Part("greedy", Greedy()),)), 3, model, "bfloat16")
     assert model.rows == 3 * T
     assert model.conversions == 3
+
+
+class Stacking(Indifferent):
+    """Remembers frames, and counts the rows that it is asked about."""
+
+    def __init__(self):
+        super().__init__()
+        self.stack, self.rows = FrameStack(4, (84, 84), torch.uint8), 0
+        self.initial_state, self.advance = self.stack.initial_state, self.stack.advance
+
+    def forward(self, obs, first, state):
+        self.rows += 1
+        _, state = self.stack(obs, first, state)
+        return super().forward(obs, first, state)
+
+
+class Seeing(Random):
+    blind = False
+
+
+def test_random_play_evaluates_no_net_and_remembers_what_it_would():
+    blind, seeing, num_unrolls = Stacking(), Stacking(), 30
+    played = play(Mixture((Part("random", Random()),)), num_unrolls, blind)
+    expected = play(Mixture((Part("random", Seeing()),)), num_unrolls, seeing)
+    assert (blind.rows, seeing.rows) == (num_unrolls, num_unrolls * T)
+    assert played["first"].sum() > B  # episodes opened in the midst of unrolls
+    for state, same in zip(played["state"], expected["state"], strict=True):
+        np.testing.assert_array_equal(state["frames"], same["frames"])
+    mixed = Stacking()
+    play(Mixture((Part("random", Random()), Part("seeing", Seeing(), 0.0))), 2, mixed)
+    assert mixed.rows == 2 * T
 
 
 @pytest.mark.parametrize("scope", ["game", "life"])

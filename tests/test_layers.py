@@ -15,6 +15,7 @@ LAYERS = [
     {
         "env_actions",
         "env_config",
+        "env_contract",
         "env_group",
         "envs",
         "models",

@@ -27,9 +27,9 @@ from asyncrl.policies import (
     Sample,
     Softmax,
     as_mixture,
-    check_policy,
     unroll_rng,
 )
+from asyncrl.policy_contract import check_policy
 from asyncrl.schedules import Linear, Piecewise, value_at
 from asyncrl.switch_policies import RandomSwitch, Switch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -98,14 +99,16 @@ class GradientStep:
         for group in self.optimizer.param_groups:
             group["lr"] = value_at(self.learning_rate, env_steps)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or float("inf"))
-        skipped = (~torch.isfinite(norm)).float()
         if isinstance(self.optimizer, torch.optim.Adam) and norm.is_cuda:
             # Fused, it leaves everything as it is where this is 1, without asking the device. On a
             # CPU asking is for free, and this costs an operation more for each parameter.
-            self.optimizer.found_inf = skipped
+            skipped = self.optimizer.found_inf = (~torch.isfinite(norm)).float()
             self.optimizer.step()
-        elif not skipped:
-            self.optimizer.step()
+        else:
+            finite = math.isfinite(norm.item())
+            skipped = torch.tensor(0.0 if finite else 1.0, device=norm.device)
+            if finite:
+                self.optimizer.step()
         self.count += 1
         return {"loss/grad_norm": norm, "loss/skipped": skipped}
 

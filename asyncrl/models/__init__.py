@@ -2,6 +2,7 @@
 
     model.initial_state(B) -> state
     model(obs (T, B, ...), first (T, B), state) -> (outputs {name: (T, B, ...)}, state)
+    model.advance(obs, first, state) -> state      as above but for less; need not be there
 
 A model never samples an action and knows nothing of processes. `model.frame_stack` says how many
 frames its core stacks; the replay then gathers them at sampling. What outputs there are:
@@ -99,6 +100,12 @@ class Network(nn.Module):
     def forward(self, obs: Tree, first: Tensor, state: dict) -> tuple[dict[str, Tensor], dict]:
         outputs, after, _ = self.states(obs, first, state, ())
         return outputs, after
+
+    def advance(self, obs: Tree, first: Tensor, state: dict) -> dict:
+        """The state behind rows (T, B, ...): that of `forward`, for less where it is frames."""
+        if self.lstm is not None or self.is_tree:
+            return self(obs, first, state)[1]
+        return self.stack.advance(obs, first, state)
 
     def states(
         self, obs: Tree, first: Tensor, state: dict, rows: Sequence[int]

@@ -48,6 +48,11 @@ class FrameStack(nn.Module):
         stack = history.flatten(0, 1).index_select(0, index).unflatten(0, rows.shape)
         return stack, {"frames": stack[-1, :, 1:]}
 
+    def advance(self, frames: Tensor, first: Tensor, state: dict) -> dict:
+        """The state behind frames (T, B, *frame), which knows no more than k-1 of them."""
+        kept = slice(-max(1, self.size - 1), None)
+        return self(frames[kept], first[kept], state)[1]
+
     @staticmethod
     def _step(frames: Tensor, first: Tensor, before: Tensor) -> tuple[Tensor, dict]:
         """The same for one row, as actors have it, at a third of the cost."""
