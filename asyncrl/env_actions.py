@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # by size
+
 
 def environments_with(wrong: np.ndarray) -> np.ndarray:
     """Which of B environments have any True in (B, ...)."""
@@ -24,6 +26,7 @@ class Actions:
         self._own, self._id = own, env_id
         self._start = np.ravel(own.start) if np.any(getattr(own, "start", 0)) else None
         self._low, self._high, self._slack = 0, 1, 0
+        self._from_zero = not isinstance(own, spaces.Box)
         if isinstance(own, spaces.Discrete):
             self.space, self._high = spaces.Discrete(own.n), own.n - 1
         elif isinstance(own, spaces.MultiDiscrete):
@@ -47,7 +50,10 @@ class Actions:
         if self.space.dtype.kind == "f":
             action = action.astype(self.space.dtype, casting="same_kind", copy=False)
             self._expect(np.isfinite(action), action, "finite numbers")
-        outside = (action < self._low) | (action > self._high)
+        if self._from_zero and action.dtype.kind in "iu":
+            outside = action.view(UNSIGNED[action.itemsize]) > self._high  # so is what is negative
+        else:
+            outside = (action < self._low) | (action > self._high)
         if np.count_nonzero(outside):  # ALE would never answer: its thread drops the row
             nearest = np.clip(action, self._low, self._high)
             low, high = (np.asarray(bound).tolist() for bound in (self._low, self._high))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from asyncrl.algorithms.gradient import Metrics
 from asyncrl.env_group import EnvGroup, Step
 from asyncrl.logs import EventLog
 
@@ -47,7 +48,7 @@ class UpdateGuard:
             if tensor.is_floating_point() and bool(tensor.isfinite().all())
         ]  # fmt: skip
 
-    def update(self, algorithm, store) -> dict[str, Tensor]:
+    def update(self, algorithm, store) -> Metrics:
         """One update. Where the GPU has no memory for it, the store gives back what was drawn, and
         it is made once more in two halves; OutOfMemory where these do not fit either."""
         metrics, error = self._attempt(algorithm, store)
@@ -75,7 +76,7 @@ class UpdateGuard:
             store.limiter.sampled = sampled + store.limiter.batch_size
         return metrics
 
-    def _attempt(self, algorithm, store) -> tuple[dict[str, Tensor], str]:
+    def _attempt(self, algorithm, store) -> tuple[Metrics, str]:
         """An update's metrics, or why the GPU had no memory for it: nothing was drawn then."""
         sampled = store.limiter.sampled
         unrolls = None if store.streams else store.unrolls.copy()
@@ -93,7 +94,7 @@ class UpdateGuard:
             store.unrolls = unrolls
         return {}, words
 
-    def _look_at(self, metrics: dict[str, Tensor]) -> None:
+    def _look_at(self, metrics: Metrics) -> None:
         if "loss/skipped" in metrics:  # of one step or of several
             skipped = metrics["loss/skipped"].detach()
             self._skipped.append(skipped.reshape(-1))

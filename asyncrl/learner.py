@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from asyncrl import metrics
 from asyncrl.actor import ActorConfig
+from asyncrl.algorithms.gradient import Metrics
 from asyncrl.checkpoint import Checkpoints, Loaded
 from asyncrl.disk import CheckpointError
 from asyncrl.guards import OutOfMemory, UpdateGuard
@@ -86,7 +87,7 @@ class Learner:
         self.epoch = 0  # of the environments, where they are made anew at checkpoints
         self.generation = 0  # newest seen
         self.elapsed_before = 0.0  # seconds, in earlier starts of this run
-        self.metrics: dict[str, Tensor] = {}
+        self.metrics: Metrics = {}
         self.lags = metrics.Lags()
         self.whole = True  # nothing cut `learn` short
         self.stopped = False  # before all of the checkpoint was read
@@ -387,7 +388,7 @@ class Learner:
             "limiter/waiting": metrics.who_waits(learner.get("wait", 0.0), actor["wait"]),
             **{f"time/learner/{name}": share for name, share in learner.items()},
             **{f"time/actor/{name}": share for name, share in actor.items()},
-            **{name: float(value) for name, value in self.metrics.items()},
+            **{name: float(x() if callable(x) else x) for name, x in self.metrics.items()},
             **self.lags.summary(),
             **self.read_status(),
             "memory/rss_mb": self.process.memory_info().rss / 1e6,

@@ -54,7 +54,10 @@ def without_guards() -> contextlib.ExitStack:
     def step(self, env_steps):
         for group in self.optimizer.param_groups:
             group["lr"] = value_at(self.learning_rate, env_steps)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or float("inf"))
+        most = self.max_grad_norm or float("inf")
+        norm = nn.utils.get_total_norm([part.grad for part in self.parameters])
+        if norm.item() > most:
+            nn.utils.clip_grads_with_norm_(self.parameters, most, norm)
         self.optimizer.found_inf = None  # what the last guarded step left there
         self.optimizer.step()
         self.count += 1

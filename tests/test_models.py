@@ -658,7 +658,7 @@ def test_popart_moves_its_statistics_and_not_its_outputs(options):
     obs, first = random_rows(VECTOR, 6, 4), random_first(6, 4)
     start = model.initial_state(4)
     before, _ = model(obs, first, start)
-    assert model.return_scale == 1 and model.return_scale.shape == ()
+    assert model.return_scale == 1
     torch.testing.assert_close(  # to begin with it is the layer it would be without
         before["value"], actor_critic(**options)(obs, first, start)[0]["value"], rtol=0, atol=1e-6
     )
@@ -699,7 +699,7 @@ def test_without_normalisers_nothing_moves():
     valid = torch.ones(4, 2, dtype=torch.bool)
     model.update_statistics(torch.randn(4, 2, 5), valid)
     model.renormalize(torch.randn(4, 2), valid)
-    assert model.return_scale.shape == () and model.return_scale == 1
+    assert model.return_scale == 1
     after = model.state_dict()
     assert set(before) == set(after)
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -9,8 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from asyncrl.algorithms import actor_critic as ac
-from asyncrl.algorithms.distributions import entropy, log_prob
-from asyncrl.algorithms.gradient import GradientStep, OptimizerName, check_gradient_settings
+from asyncrl.algorithms.distributions import log_prob_and_entropy
+from asyncrl.algorithms.gradient import (
+    GradientStep,
+    Metrics,
+    OptimizerName,
+    check_gradient_settings,
+)
 from asyncrl.algorithms.teams import Teams
 from asyncrl.models.precision import Precision, computes_in_bfloat16
 from asyncrl.policies import Sample
@@ -76,12 +81,12 @@ class A2CConfig:
 
 
 def a2c_loss(
-    current: Tensor, behaviour: Tensor, advantage: Tensor, valid: Tensor, clip_rho: float
+    current: Tensor, behaviour: Tensor, advantage: Tensor, mask: ac.Mask, clip_rho: float
 ) -> Tensor:
     """The policy's loss; all (T, N). Steps acted by another policy count by their clipped ratio."""
     rho = ac.importance_ratio(current, behaviour).clamp(max=clip_rho).detach()
-    weight = ac.masked(rho * advantage, valid)
-    return -ac.mean(weight * current, valid)
+    weight = mask.zero(rho * advantage)
+    return -mask.mean(weight * current)
 
 
 class A2C:
@@ -106,15 +111,15 @@ class A2C:
         """The queue of unrolls this algorithm learns from."""
         return RolloutQueue(self.config.rollout, spec, num_lanes)
 
-    def update(self, store: RolloutQueue) -> dict[str, Tensor]:
-        """One rollout, one step; returns metrics as 0-d tensors."""
+    def update(self, store: RolloutQueue) -> Metrics:
+        """One rollout, one step."""
         config, rollout = self.config, store.sample(self.device)
-        valid, env_steps = rollout.valid, store.limiter.inserted
+        mask, env_steps = ac.Mask(rollout.valid), store.limiter.inserted
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             outputs = self.teams.forward(rollout.obs, rollout.first, rollout.state)
         value = outputs["value"]
         outputs = {name: output[:-1] for name, output in outputs.items()}
-        current = log_prob(outputs, rollout.action)
+        current, spread = log_prob_and_entropy(outputs, rollout.action)
         target = ac.targets(
             config.estimator, rollout, value.detach(), current.detach(), config.gamma,
             config.lambda_, config.n_step, config.reward_clip, config.clip_rho,
@@ -122,31 +127,30 @@ class A2C:
         scale = ac.return_scale(self.model)
         advantage = target.advantage / scale
         if config.normalize_advantage:
-            advantage = ac.normalize(advantage, valid)
+            advantage = ac.normalize(advantage, mask)
 
         ratio = ac.importance_ratio(current.detach(), rollout.log_prob)
-        policy_loss = a2c_loss(current, rollout.log_prob, advantage, valid, config.clip_rho)
-        error = ac.masked(value[:-1] - target.value, valid) / scale
-        value_loss = 0.5 * ac.mean(error.square(), valid)
-        spread = ac.mean(entropy(outputs), valid)
+        policy_loss = a2c_loss(current, rollout.log_prob, advantage, mask, config.clip_rho)
+        error = mask.zero(value[:-1] - target.value) / scale
+        value_loss = 0.5 * mask.mean_of_zeroed(error.square())
+        spread = mask.mean(spread)
         loss = policy_loss + config.value_coef * value_loss
         loss = loss - value_at(config.entropy_coef, env_steps) * spread
 
         metrics = self.descend(loss, env_steps)
         store.used(1)
         # Afterwards, because it writes to weights whose values the gradient needs.
-        ac.renormalize(self.model, target.value, valid)
+        ac.renormalize(self.model, target.value, rollout.valid)
         ac.update_statistics(self.model, rollout)
+        known = value[:-1].detach()
         return metrics | {
             "loss/policy": policy_loss.detach(),
             "loss/value": value_loss.detach(),
             "loss/entropy": spread.detach(),
-            "loss/kl": ac.divergence(ratio, valid),
-            "loss/clipped": ac.mean((ratio > config.clip_rho).float(), valid),
-            "loss/value_mean": ac.mean(value[:-1].detach(), valid),
-            "loss/explained_variance": ac.explained_variance(
-                value[:-1].detach(), target.value, valid
-            ),
+            "loss/kl": lambda: ac.divergence(ratio, mask),
+            "loss/clipped": lambda: mask.mean((ratio > config.clip_rho).float()),
+            "loss/value_mean": lambda: mask.mean(known),
+            "loss/explained_variance": lambda: ac.explained_variance(known, target.value, mask),
         }
 
     def state_dict(self) -> dict:

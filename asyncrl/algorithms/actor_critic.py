@@ -60,48 +60,55 @@ def targets(
     return Targets(td_advantage(reward, target, value, *ends, gamma), target)
 
 
+class Mask:
+    """Which steps of a batch are valid, and means over those; what is not valid may even be nan.
+
+    Counted once for all parts of a loss.
+    """
+
+    def __init__(self, valid: Tensor):
+        self.valid, self.invalid = valid, ~valid
+        self.count = valid.sum().clamp(min=1)
+
+    def zero(self, values: Tensor) -> Tensor:
+        """0 where not valid. Constants of a loss need it: nan times a gradient of 0 is nan."""
+        return values.masked_fill(self.invalid, 0.0)
+
+    def mean(self, values: Tensor) -> Tensor:
+        return self.zero(values).sum() / self.count
+
+    def mean_of_zeroed(self, values: Tensor) -> Tensor:
+        """The mean of what is 0 where it is not valid."""
+        return values.sum() / self.count
+
+
 def importance_ratio(current: Tensor, behaviour: Tensor) -> Tensor:
     """pi / mu of actions from their log-probabilities, finite also for an impossible action."""
     return (current - behaviour).clamp(-20, 20).exp()
 
 
-def divergence(ratio: Tensor, valid: Tensor) -> Tensor:
+def divergence(ratio: Tensor, mask: Mask) -> Tensor:
     """Approximate KL of whoever acted from the policy that learns: the mean of (r - 1) - log r
     (Schulman 2020)."""
-    return mean(ratio - 1 - ratio.log(), valid)
+    return mask.mean(ratio - 1 - ratio.log())
 
 
-def clipped_share(ratio: Tensor, valid: Tensor, clip_ratio: float) -> Tensor:
+def clipped_share(ratio: Tensor, mask: Mask, clip_ratio: float) -> Tensor:
     """Of valid steps, those whose ratio is more than `clip_ratio` away from 1."""
-    return mean(((ratio - 1).abs() > clip_ratio).float(), valid)
+    return mask.mean(((ratio - 1).abs() > clip_ratio).float())
 
 
-def masked(values: Tensor, valid: Tensor) -> Tensor:
-    """0 where not valid. Constants of a loss need it: nan times a gradient of 0 is nan."""
-    return values.masked_fill(~valid, 0.0)
-
-
-def mean(values: Tensor, valid: Tensor) -> Tensor:
-    """Mean over valid steps; what is not valid may even be nan."""
-    return mean_of_masked(masked(values, valid), valid)
-
-
-def mean_of_masked(values: Tensor, valid: Tensor) -> Tensor:
-    """Mean over valid steps of what is 0 elsewhere."""
-    return values.sum() / valid.sum().clamp(min=1)
-
-
-def normalize(advantage: Tensor, valid: Tensor) -> Tensor:
+def normalize(advantage: Tensor, mask: Mask) -> Tensor:
     """Mean 0 and standard deviation 1 over valid steps."""
-    centred = advantage - mean(advantage, valid)
-    return centred / (mean(centred.square(), valid).sqrt() + 1e-8)
+    centred = advantage - mask.mean(advantage)
+    return centred / (mask.mean(centred.square()).sqrt() + 1e-8)
 
 
-def explained_variance(value: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+def explained_variance(value: Tensor, target: Tensor, mask: Mask) -> Tensor:
     """1 - Var(target - value) / Var(target) over valid steps: 1 is a perfect critic."""
     error = target - value
-    error_variance = mean((error - mean(error, valid)).square(), valid)
-    return 1 - error_variance / mean((target - mean(target, valid)).square(), valid).clamp(min=1e-8)
+    error_variance = mask.mean((error - mask.mean(error)).square())
+    return 1 - error_variance / mask.mean((target - mask.mean(target)).square()).clamp(min=1e-8)
 
 
 def evaluate(

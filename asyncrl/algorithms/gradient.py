@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from asyncrl.schedules import check_range, value_at
 
 OptimizerName = Literal["adam", "rmsprop"]
+# What an update says of itself, by name: 0-d tensors and, where working it out costs something,
+# functions that give one, called when a row of metrics is written.
+Metrics = dict[str, Tensor | Callable[[], Tensor]]
+FLAGS = torch.tensor(0.0), torch.tensor(1.0)
 
 
 class GradientStep:
@@ -46,14 +50,14 @@ class GradientStep:
 
     def __call__(self, loss: Tensor, env_steps: int) -> dict[str, Tensor]:
         """Descend; returns the gradient's norm and whether it was skipped as 0-d tensors."""
-        self.optimizer.zero_grad()
+        self._forget()
         loss.backward()
         return self._step(env_steps)
 
     def on_means(
-        self, means: Callable[[slice], dict[str, Tensor]], valid: Tensor, env_steps: int
-    ) -> dict[str, Tensor]:
-        """Descend on the "loss" of a batch (T, N); returns its other means too, as 0-d tensors.
+        self, means: Callable[[slice], Metrics], valid: Tensor, env_steps: int
+    ) -> Metrics:
+        """Descend on the "loss" of a batch (T, N); returns its other means too.
 
         means(columns): means over the valid steps of some columns, the loss with its graph. Where
         the GPU has no memory for the batch, it is tried once more in twice as many parts, and so
@@ -73,18 +77,16 @@ class GradientStep:
             found["loss/parts"] = torch.tensor(float(self.parts))
         return found | self._step(env_steps)
 
-    def _backward(
-        self, means: Callable[[slice], dict[str, Tensor]], valid: Tensor
-    ) -> dict[str, Tensor]:
+    def _backward(self, means: Callable[[slice], Metrics], valid: Tensor) -> Metrics:
         """The whole batch's gradient, and its means, from parts that count by their valid steps."""
-        self.optimizer.zero_grad()
+        self._forget()
         if self.parts == 1:
             found = means(slice(None))
             found.pop("loss").backward()
             return found
         N, total = valid.shape[1], valid.sum().clamp(min=1)
         size = -(-N // self.parts)
-        found: dict[str, Tensor] = {}
+        found: Metrics = {}
         for begin in range(0, N, size):
             columns = slice(begin, begin + size)
             share = valid[:, columns].sum() / total
@@ -92,21 +94,32 @@ class GradientStep:
                 if name == "loss":
                     value.backward(share)
                 else:
+                    value = value() if callable(value) else value
                     found[name] = found.get(name, 0.0) + share * value
         return found
+
+    def _forget(self) -> None:
+        """The last gradient: `zero_grad` without what it reports to profilers."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def _step(self, env_steps: int) -> dict[str, Tensor]:
         for group in self.optimizer.param_groups:
             group["lr"] = value_at(self.learning_rate, env_steps)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or float("inf"))
-        if isinstance(self.optimizer, torch.optim.Adam) and norm.is_cuda:
+        norm = nn.utils.get_total_norm([x.grad for x in self.parameters if x.grad is not None])
+        most = self.max_grad_norm or float("inf")
+        if norm.is_cuda and isinstance(self.optimizer, torch.optim.Adam):
             # Fused, it leaves everything as it is where this is 1, without asking the device. On a
             # CPU asking is for free, and this costs an operation more for each parameter.
             skipped = self.optimizer.found_inf = (~torch.isfinite(norm)).float()
+            nn.utils.clip_grads_with_norm_(self.parameters, most, norm)
             self.optimizer.step()
         else:
-            finite = math.isfinite(norm.item())
-            skipped = torch.tensor(0.0 if finite else 1.0, device=norm.device)
+            length = norm.item()
+            finite = math.isfinite(length)
+            skipped = FLAGS[not finite]
+            if length > most:
+                nn.utils.clip_grads_with_norm_(self.parameters, most, norm)
             if finite:
                 self.optimizer.step()
         self.count += 1

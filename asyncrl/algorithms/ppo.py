@@ -10,8 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from asyncrl.algorithms import actor_critic as ac
-from asyncrl.algorithms.distributions import entropy, log_prob
-from asyncrl.algorithms.gradient import GradientStep, OptimizerName, check_gradient_settings
+from asyncrl.algorithms.distributions import log_prob_and_entropy
+from asyncrl.algorithms.gradient import (
+    GradientStep,
+    Metrics,
+    OptimizerName,
+    check_gradient_settings,
+)
 from asyncrl.algorithms.teams import Teams
 from asyncrl.models.precision import Precision, computes_in_bfloat16
 from asyncrl.policies import Sample
@@ -122,31 +127,28 @@ def _is_recurrent(spec: Spec) -> bool:
 
 
 def ppo_loss(
-    current: Tensor, behaviour: Tensor, advantage: Tensor, valid: Tensor, clip_ratio: float
+    current: Tensor, behaviour: Tensor, advantage: Tensor, mask: ac.Mask, clip_ratio: float
 ) -> tuple[Tensor, Tensor]:
     """(policy loss, importance ratios, 1 where not valid); inputs of one shape.
 
     `behaviour` is the log-probability of whoever acted, so it may be any policy of any age.
     """
-    current, behaviour, advantage = (
-        ac.masked(values, valid) for values in (current, behaviour, advantage)
-    )
-    ratio = ac.importance_ratio(current, behaviour)
+    ratio = mask.zero(current - behaviour).clamp(-20, 20).exp()
+    advantage = mask.zero(advantage)
     clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
     gain = torch.minimum(ratio * advantage, clipped * advantage)
-    return -ac.mean_of_masked(gain, valid), ratio.detach()
+    return -mask.mean_of_zeroed(gain), ratio.detach()
 
 
 def value_loss(
-    value: Tensor, old: Tensor, target: Tensor, valid: Tensor, clip: float, scale: Tensor | float
+    value: Tensor, old: Tensor, target: Tensor, mask: ac.Mask, clip: float, scale: Tensor | float
 ) -> Tensor:
     """Half the mean squared error in units of `scale`, the worse of clipped and free if `clip`."""
-    value, old, target = (ac.masked(values, valid) for values in (value, old, target))
-    error = (value - target).square()
+    error = mask.zero(value - target).square()
     if clip:
         near = old + (value - old).clamp(-clip * scale, clip * scale)
-        error = torch.maximum(error, (near - target).square())
-    return 0.5 / scale**2 * ac.mean_of_masked(error, valid)
+        error = torch.maximum(error, mask.zero(near - target).square())
+    return 0.5 / scale**2 * mask.mean_of_zeroed(error)
 
 
 class PPO:
@@ -175,9 +177,9 @@ class PPO:
         self.generator.manual_seed(seed)
         return RolloutQueue(self.config.rollout, spec, num_lanes, self.config.epochs)
 
-    def update(self, store: RolloutQueue) -> dict[str, Tensor]:
-        """One rollout, `epochs` passes; returns metrics of the last step as 0-d tensors, and of
-        all steps (steps,) which were skipped."""
+    def update(self, store: RolloutQueue) -> Metrics:
+        """One rollout, `epochs` passes; returns metrics of the last step, and of all steps (steps,)
+        which were skipped."""
         config, rollout = self.config, store.sample(self.device)
         T, N = rollout.action.shape[:2]
         inputs = Sequences(rollout) if self.of_sequences else Steps(
@@ -200,7 +202,7 @@ class PPO:
         if not self.of_sequences:
             columns = tuple(column.flatten(0, 1).unsqueeze(0) for column in columns)
 
-        metrics: dict[str, Tensor] = {}
+        metrics: Metrics = {}
         skipped: list[Tensor] = []
         for _ in range(config.epochs):
             order = torch.randperm(pieces, generator=self.generator).to(self.device)
@@ -210,56 +212,57 @@ class PPO:
                 skipped.append(metrics["loss/skipped"])
                 if self.beat():
                     break
-                if config.target_kl and metrics["loss/kl"] > config.target_kl:
+                if config.target_kl and metrics["loss/kl"]() > config.target_kl:
                     break
             else:
                 continue
             break
         store.used(len(skipped) / -(-pieces // size))
         metrics["loss/skipped"] = torch.stack(skipped)
-        metrics["loss/explained_variance"] = ac.explained_variance(
-            value[:-1], target.value, rollout.valid
+        mask, known = ac.Mask(rollout.valid), value[:-1]
+        metrics["loss/explained_variance"] = lambda: ac.explained_variance(
+            known, target.value, mask
         )
-        metrics["loss/value_mean"] = ac.mean(value[:-1], rollout.valid)
+        metrics["loss/value_mean"] = lambda: mask.mean(known)
         ac.update_statistics(self.model, rollout)
         return metrics
 
     def _step(
         self, inputs, action, behaviour, valid, old_value, advantage, value_target, env_steps: int
-    ) -> dict[str, Tensor]:
+    ) -> Metrics:
         """One minibatch, one step of gradient descent."""
-        config = self.config
+        config, mask = self.config, ac.Mask(valid)
         if config.normalize_advantage:
-            advantage = ac.normalize(advantage, valid)
+            advantage = ac.normalize(advantage, mask)
         clip_ratio = value_at(config.clip_ratio, env_steps)
         entropy_coef = value_at(config.entropy_coef, env_steps)
         rows, states = inputs[:2], inputs[2]
-        columns = action, behaviour, valid, old_value, advantage, value_target
+        columns = action, behaviour, old_value, advantage, value_target
 
-        def means(envs: slice) -> dict[str, Tensor]:
+        def means(envs: slice) -> Metrics:
             """Of the loss and its parts, over the valid steps of some columns."""
             state = tree_map(lambda leaf: leaf[envs], states)
             obs, first = tree_map(lambda leaf: leaf[:, envs], rows)
-            action, behaviour, valid, old_value, advantage, value_target = (
+            action, behaviour, old_value, advantage, value_target = (
                 column[:, envs] for column in columns
             )
+            its = mask if envs == slice(None) else ac.Mask(valid[:, envs])
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
                 outputs = self.teams.forward(obs, first, state)
-            policy, ratio = ppo_loss(
-                log_prob(outputs, action), behaviour, advantage, valid, clip_ratio
-            )
+            current, spread = log_prob_and_entropy(outputs, action)
+            policy, ratio = ppo_loss(current, behaviour, advantage, its, clip_ratio)
             value = value_loss(
-                outputs["value"], old_value, value_target, valid, config.clip_value,
+                outputs["value"], old_value, value_target, its, config.clip_value,
                 ac.return_scale(self.model),
             )  # fmt: skip
-            spread = ac.mean(entropy(outputs), valid)
+            spread = its.mean(spread)
             return {
                 "loss": policy + config.value_coef * value - entropy_coef * spread,
                 "loss/policy": policy.detach(),
                 "loss/value": value.detach(),
                 "loss/entropy": spread.detach(),
-                "loss/kl": ac.divergence(ratio, valid),
-                "loss/clipped": ac.clipped_share(ratio, valid, clip_ratio),
+                "loss/kl": lambda: ac.divergence(ratio, its),
+                "loss/clipped": lambda: ac.clipped_share(ratio, its, clip_ratio),
             }
 
         return self.descend.on_means(means, valid, env_steps)

@@ -126,7 +126,7 @@ class Network(nn.Module):
                 behind, states = self.lstm.states(before, first, state, [*rows, T])
             features, after = [behind.flatten(0, 1)], after | states[-1]
         outputs = self.head(*features)
-        outputs = {name: output.unflatten(0, (T, B)) for name, output in outputs.items()}
+        outputs = {name: part.view(T, B, *part.shape[1:]) for name, part in outputs.items()}
         return outputs, after, states[:-1]
 
     # -- normalisers: an algorithm moves them, once for each rollout -----------------------------
@@ -143,8 +143,6 @@ class Network(nn.Module):
             self.head.value.renormalize(value_target, valid)
 
     @property
-    def return_scale(self) -> Tensor:
-        """0-d: what losses divide errors of the value by."""
-        if self.normalizes_returns:
-            return self.head.value.scale.float()
-        return torch.ones((), device=next(self.parameters()).device)
+    def return_scale(self) -> Tensor | float:
+        """What losses divide errors of the value by."""
+        return self.head.value.scale.float() if self.normalizes_returns else 1.0
