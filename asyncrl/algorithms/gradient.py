@@ -16,6 +16,7 @@ OptimizerName = Literal["adam", "rmsprop"]
 # functions that give one, called when a row of metrics is written.
 Metrics = dict[str, Tensor | Callable[[], Tensor]]
 FLAGS = torch.tensor(0.0), torch.tensor(1.0)
+LATE = 1e6  # steps, behind which Adam corrects no bias of its moments any more
 
 
 class GradientStep:
@@ -24,9 +25,11 @@ class GradientStep:
     The gradient's norm is clipped to `max_grad_norm` (0: as it is). Where it is not finite the step
     is skipped: weights and moments stay as they are. `count` is the number of calls.
 
-    RMSprop's second moments begin at 1, as in TensorFlow and in the RMSpropTFLike that
-    Stable-Baselines3 has for A2C. From torch's 0 each weight's first step would be ten learning
-    rates long, however small its gradient. `eps` is added to the root, as in torch.
+    RMSprop is Adam without a mean of gradients or a correction of bias, so it is computed by the
+    same fused kernel: one pass over the weights instead of torch.optim.RMSprop's five. Its second
+    moments begin at 1, as in TensorFlow and in the RMSpropTFLike that Stable-Baselines3 has for
+    A2C. From torch's 0 each weight's first step would be ten learning rates long, however small its
+    gradient. `eps` is added to the root, as in torch.
     """
 
     def __init__(
@@ -40,11 +43,9 @@ class GradientStep:
         self.parameters = list(model.parameters())
         self.learning_rate, self.max_grad_norm = learning_rate, max_grad_norm
         rate = value_at(learning_rate, 0)
-        if optimizer == "adam":
-            self.optimizer = torch.optim.Adam(self.parameters, lr=rate, eps=eps, fused=True)
-        else:
-            self.optimizer = torch.optim.RMSprop(self.parameters, lr=rate, alpha=0.99, eps=eps)
-            self._begin_moments()
+        self.optimizer_name, betas = optimizer, (0.9, 0.999) if optimizer == "adam" else (0.0, 0.99)
+        self.optimizer = torch.optim.Adam(self.parameters, rate, betas, eps, fused=True)
+        self._begin_moments()
         self.count = 0
         self.parts = 1  # that batches are learned from in, for want of memory
 
@@ -108,9 +109,9 @@ class GradientStep:
             group["lr"] = value_at(self.learning_rate, env_steps)
         norm = nn.utils.get_total_norm([x.grad for x in self.parameters if x.grad is not None])
         most = self.max_grad_norm or float("inf")
-        if norm.is_cuda and isinstance(self.optimizer, torch.optim.Adam):
-            # Fused, it leaves everything as it is where this is 1, without asking the device. On a
-            # CPU asking is for free, and this costs an operation more for each parameter.
+        if norm.is_cuda:
+            # Fused, a step leaves everything as it is where this is 1, without asking the device.
+            # On a CPU asking is for free, and this costs an operation more for each parameter.
             skipped = self.optimizer.found_inf = (~torch.isfinite(norm)).float()
             nn.utils.clip_grads_with_norm_(self.parameters, most, norm)
             self.optimizer.step()
@@ -138,16 +139,18 @@ class GradientStep:
             moments = self.optimizer.state.get(parameter, {})
             for name in moments.keys() - {"step"}:
                 moments[name] = torch.empty_like(parameter).copy_(moments[name])
-        if isinstance(self.optimizer, torch.optim.RMSprop):
-            self._begin_moments()
+        self._begin_moments()
         self.count = state["count"]
 
     def _begin_moments(self) -> None:
         """RMSprop's, where it has none yet."""
-        for parameter in self.parameters:
+        for parameter in self.parameters if self.optimizer_name == "rmsprop" else ():
             if not self.optimizer.state[parameter]:
-                begun = {"step": torch.tensor(0.0), "square_avg": torch.ones_like(parameter)}
-                self.optimizer.state[parameter] = begun
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(LATE, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.ones_like(parameter),
+                }
 
 
 def check_gradient_settings(learning_rate: Any, max_grad_norm: float, eps: float) -> None:
