@@ -29,6 +29,7 @@ from asyncrl.models.heads import ActorCriticHead, QHead
 from asyncrl.models.layers import SpectralConv2d, StreamConfig
 from asyncrl.models.lstm import LSTM
 from asyncrl.models.normalizers import ObservationNormalizer
+from asyncrl.models.precision import without_autocast
 from asyncrl.models.torsos import encoder, has_image
 from asyncrl.types import Tree, tree_map
 
@@ -121,7 +122,7 @@ class Network(nn.Module):
         torsos = [self.encoder, self.value_encoder] if self.value_encoder else [self.encoder]
         features = [torso(merged) for torso in torsos]
         if self.lstm is not None:
-            with torch.autocast(first.device.type, enabled=False):  # what is kept needs 24 bits
+            with without_autocast(first.device.type):  # what is kept needs 24 bits
                 before = features[0].float().unflatten(0, (T, B))
                 behind, states = self.lstm.states(before, first, state, [*rows, T])
             features, after = [behind.flatten(0, 1)], after | states[-1]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from asyncrl.models.layers import StreamConfig, scale
 from asyncrl.models.normalizers import PopArt
+from asyncrl.models.precision import without_autocast
 
 
 def num_actions(space: spaces.Space) -> int:
@@ -60,7 +61,7 @@ class ActorCriticHead(nn.Module):
     def forward(self, features: Tensor, value_features: Tensor | None = None) -> dict[str, Tensor]:
         """Both (N, features); without the second the first serve policy and value."""
         value_features = features if value_features is None else value_features
-        with torch.autocast(features.device.type, enabled=False):  # values need more than 8 bits
+        with without_autocast(features.device.type):  # values need more than 8 bits
             value = self.value(value_features.float()).squeeze(1)
             return {"value": value, **self.policy(features.float())}
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from asyncrl.models.precision import without_autocast
+
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
 
@@ -63,7 +65,7 @@ class Stream(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         features = self.hidden(features)
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device.type):
             return self.last(features.float())
 
 
@@ -138,7 +140,7 @@ class SpectralConv2d(nn.Conv2d):
         return self.weight / (left @ (self.weight.flatten(1) @ right))
 
     def forward(self, image: Tensor) -> Tensor:
-        with torch.autocast(image.device.type, enabled=False):
+        with without_autocast(image.device.type):
             if self.training:
                 self.iterate()
             weight = self.normalized()

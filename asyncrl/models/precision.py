@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import contextlib
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -23,6 +24,13 @@ def computes_in_bfloat16(precision: Precision, device: torch.device, model: nn.M
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported()
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Where more than the 8 bits of bfloat16 are needed; for next to nothing where nobody casts."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def is_large(model: nn.Module) -> bool:

@@ -130,8 +130,8 @@ class VectorEncoder(nn.Module):
             index = values.reshape(*values.shape[:2], -1).long() + self.places
             values = values.new_zeros((*index.shape[:2], self.size), dtype=torch.float32)
             values = values.scatter_(2, index, 1.0)
-        weight = next(self.parameters(), None)
-        return self.layers(values.flatten(1).to(torch.float32 if weight is None else weight.dtype))
+        dtype = self.layers[0][0].weight.dtype if self.width else torch.float32
+        return self.layers(values.flatten(1).to(dtype))
 
 
 def is_image(space: spaces.Space) -> bool:
