@@ -126,6 +126,13 @@ class Seeing(Random):
     blind = False
 
 
+class Own(Random):
+    """Made from one that does not look, but may."""
+
+    def __call__(self, *arguments):
+        return super().__call__(*arguments)
+
+
 def test_random_play_evaluates_no_net_and_remembers_what_it_would():
     blind, seeing, num_unrolls = Stacking(), Stacking(), 30
     played = play(Mixture((Part("random", Random()),)), num_unrolls, blind)
@@ -134,9 +141,10 @@ def test_random_play_evaluates_no_net_and_remembers_what_it_would():
     assert played["first"].sum() > B  # episodes opened in the midst of unrolls
     for state, same in zip(played["state"], expected["state"], strict=True):
         np.testing.assert_array_equal(state["frames"], same["frames"])
-    mixed = Stacking()
-    play(Mixture((Part("random", Random()), Part("seeing", Seeing(), 0.0))), 2, mixed)
-    assert mixed.rows == 2 * T
+    for policy in (Seeing(), Own()):
+        mixed = Stacking()
+        play(Mixture((Part("random", Random()), Part("seeing", policy, 0.0))), 2, mixed)
+        assert mixed.rows == 2 * T
 
 
 @pytest.mark.parametrize("scope", ["game", "life"])
