@@ -117,7 +117,8 @@ class Training:
 def main() -> None:
     parser = arguments(__doc__, repeats=240)
     parser.add_argument("--launch", nargs="+", default=LAUNCH, help="launch files")
-    parser.add_argument("--block", type=int, default=256, help="env steps; an eighth for images")
+    parser.add_argument("--block", type=int, default=256,
+                        help="env steps; for images an eighth, and a quarter of the repeats")  # fmt: skip
     options, rest = parser.parse_known_args()  # the rest are options of the launch files
     like_a_run()
     torch.set_num_threads(1)
@@ -130,8 +131,9 @@ def main() -> None:
             training.warm_up()
             image = len(training.learner.spec.observation_space.shape or ()) > 1
             block = options.block // 8 if image else options.block
+            repeats = options.repeats // 4 if image else options.repeats
             costs: dict[bool, list[float]] = {True: [], False: []}
-            for repeat in range(options.repeats):
+            for repeat in range(repeats):
                 for guarded in ((True, False), (False, True))[repeat % 2]:
                     with contextlib.nullcontext() if guarded else without_guards():
                         costs[guarded].append(training.block(block))
