@@ -117,8 +117,8 @@ class Training:
 def main() -> None:
     parser = arguments(__doc__, repeats=240)
     parser.add_argument("--launch", nargs="+", default=LAUNCH, help="launch files")
-    parser.add_argument("--block", type=int, default=256,
-                        help="env steps; for images an eighth, and a quarter of the repeats")  # fmt: skip
+    size = "env steps; for images an eighth, and a quarter of the repeats"
+    parser.add_argument("--block", type=int, default=256, help=size)
     options, rest = parser.parse_known_args()  # the rest are options of the launch files
     like_a_run()
     torch.set_num_threads(1)
