@@ -55,7 +55,7 @@ def test_the_loss_of_a2c_step_by_step(form, clip_rho):
         gradient[t, env] = -rho * advantage[t, env] / valid.sum()
         loss += gradient[t, env] * current[t, env]
     given = tensors(current, behaviour, advantage, valid, grad=0)
-    got = a2c_loss(*given, clip_rho)
+    got = given[3].mean_of_zeroed(a2c_loss(*given, clip_rho))
     got.backward()
     np.testing.assert_allclose(got.item(), loss, rtol=1e-9)
     np.testing.assert_allclose(given[0].grad, gradient, rtol=1e-9)
@@ -79,6 +79,7 @@ def test_the_loss_of_ppo_step_by_step(form, clip_ratio):
     assert 0.1 < share < 0.9 and (gradient[valid] == 0).any()
     given = tensors(current, behaviour, advantage, valid, grad=0)
     got, ratios = ppo_loss(*given, clip_ratio)
+    got = given[3].mean_of_zeroed(got)
     got.backward()
     np.testing.assert_allclose(got.item(), loss, rtol=1e-6)
     np.testing.assert_allclose(ac.divergence(ratios, given[3]).item(), kl, rtol=1e-6)
@@ -102,7 +103,7 @@ def test_the_loss_of_the_value_step_by_step(form, clip, scale):
     assert clip == 0 or (gradient[valid] == 0).any()
     for scale_given in (scale, torch.tensor(scale)):
         given = tensors(value, old, target, valid, grad=0)
-        got = value_loss(*given, clip, scale_given)
+        got = given[3].mean_of_zeroed(value_loss(*given, clip, scale_given))
         got.backward()
         np.testing.assert_allclose(got.item(), loss, rtol=1e-6)
         np.testing.assert_allclose(given[0].grad, gradient, rtol=1e-6, atol=1e-12)
@@ -139,7 +140,7 @@ def test_nothing_valid_is_a_loss_of_zero():
         (lambda *x: value_loss(*x, 0.2, 1.0), (value, old, target, nothing)),
     ):
         given = tensors(*given, grad=0)
-        got = loss(*given)
+        got = given[-1].mean_of_zeroed(loss(*given))
         got.backward()
         assert got == 0 and not given[0].grad.any()
     same = torch.full((T, N), 3.0)
@@ -155,11 +156,11 @@ def test_a_step_of_another_policy_counts_by_its_ratio():
     np.testing.assert_allclose(ratio, [[0.5, 4, 1, 1.2]])
     for clip_rho, rho in ((1.0, [0.5, 1, 1, 1]), (3.0, [0.5, 3, 1, 1.2])):
         learned = current.clone().requires_grad_()
-        a2c_loss(learned, behaviour, advantage, mask, clip_rho).backward()
+        mask.mean_of_zeroed(a2c_loss(learned, behaviour, advantage, mask, clip_rho)).backward()
         np.testing.assert_allclose(learned.grad, -torch.tensor([rho]) * advantage / 4)
     loss, ratio = ppo_loss(current, behaviour, advantage, mask, 0.3)
     kl, share = ac.divergence(ratio, mask), ac.clipped_share(ratio, mask, 0.3)
-    assert loss.item() == pytest.approx(-(0.5 + 1.3 - 1 - 1.2) / 4)
+    assert mask.mean_of_zeroed(loss).item() == pytest.approx(-(0.5 + 1.3 - 1 - 1.2) / 4)
     assert kl.item() == pytest.approx((-0.5 - np.log(0.5) + 3 - np.log(4) + 0.2 - np.log(1.2)) / 4)
     assert share == 0.5
     impossible = torch.tensor([-torch.inf, 0.0]), torch.tensor([0.0, -torch.inf])

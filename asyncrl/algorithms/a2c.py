@@ -83,10 +83,11 @@ class A2CConfig:
 def a2c_loss(
     current: Tensor, behaviour: Tensor, advantage: Tensor, mask: ac.Mask, clip_rho: float
 ) -> Tensor:
-    """The policy's loss; all (T, N). Steps acted by another policy count by their clipped ratio."""
+    """The policy's loss of each step, 0 where not valid; all (T, N). Steps acted by another policy
+    count by their clipped ratio."""
     rho = ac.importance_ratio(current, behaviour).clamp(max=clip_rho).detach()
     weight = mask.zero(rho * advantage)
-    return -mask.mean(weight * current)
+    return mask.zero(-weight * current)
 
 
 class A2C:
@@ -130,23 +131,20 @@ class A2C:
             advantage = ac.normalize(advantage, mask)
 
         ratio = ac.importance_ratio(current.detach(), rollout.log_prob)
-        policy_loss = a2c_loss(current, rollout.log_prob, advantage, mask, config.clip_rho)
         error = mask.zero(value[:-1] - target.value) / scale
-        value_loss = 0.5 * mask.mean_of_zeroed(error.square())
-        spread = mask.mean(spread)
-        loss = policy_loss + config.value_coef * value_loss
-        loss = loss - value_at(config.entropy_coef, env_steps) * spread
+        loss, parts = ac.loss_of(
+            a2c_loss(current, rollout.log_prob, advantage, mask, config.clip_rho),
+            0.5 * error.square(), spread, mask,
+            config.value_coef, value_at(config.entropy_coef, env_steps),
+        )  # fmt: skip
 
-        metrics = self.descend(loss, env_steps)
+        metrics = self.descend(loss, env_steps) | parts
         store.used(1)
         # Afterwards, because it writes to weights whose values the gradient needs.
         ac.renormalize(self.model, target.value, rollout.valid)
         ac.update_statistics(self.model, rollout)
         known = value[:-1].detach()
         return metrics | {
-            "loss/policy": policy_loss.detach(),
-            "loss/value": value_loss.detach(),
-            "loss/entropy": spread.detach(),
             "loss/kl": lambda: ac.divergence(ratio, mask),
             "loss/clipped": lambda: mask.mean((ratio > config.clip_rho).float()),
             "loss/value_mean": lambda: mask.mean(known),

@@ -6,12 +6,14 @@ All losses are means over valid steps at fixed shapes: a reset step has weight 0
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from asyncrl.algorithms.distributions import log_prob
+from asyncrl.algorithms.gradient import Metrics
 from asyncrl.algorithms.returns import gae, n_step, td_advantage, vtrace
 from asyncrl.schedules import check_range
 from asyncrl.stores.rollout import Rollout, RolloutConfig
@@ -109,6 +111,25 @@ def explained_variance(value: Tensor, target: Tensor, mask: Mask) -> Tensor:
     error = target - value
     error_variance = mask.mean((error - mask.mean(error)).square())
     return 1 - error_variance / mask.mean((target - mask.mean(target)).square()).clamp(min=1e-8)
+
+
+def loss_of(
+    policy: Tensor,
+    value: Tensor,
+    spread: Tensor,
+    mask: Mask,
+    value_coef: float,
+    entropy_coef: float,
+) -> tuple[Tensor, Metrics]:
+    """(the loss, its parts for reports) of each step's policy loss, value loss, both 0 where not
+    valid, and entropy: one mean for all of them."""
+    spread = mask.zero(spread)
+    loss = policy + value_coef * value
+    if entropy_coef:
+        loss = loss - entropy_coef * spread
+    parts = {"loss/policy": policy, "loss/value": value, "loss/entropy": spread}
+    means = {name: partial(mask.mean_of_zeroed, part.detach()) for name, part in parts.items()}
+    return mask.mean_of_zeroed(loss), means
 
 
 def evaluate(

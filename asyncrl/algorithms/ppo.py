@@ -129,26 +129,26 @@ def _is_recurrent(spec: Spec) -> bool:
 def ppo_loss(
     current: Tensor, behaviour: Tensor, advantage: Tensor, mask: ac.Mask, clip_ratio: float
 ) -> tuple[Tensor, Tensor]:
-    """(policy loss, importance ratios, 1 where not valid); inputs of one shape.
+    """(policy loss of each step, 0 where not valid, importance ratios); inputs of one shape.
 
     `behaviour` is the log-probability of whoever acted, so it may be any policy of any age.
     """
     ratio = mask.zero(current - behaviour).clamp(-20, 20).exp()
     advantage = mask.zero(advantage)
     clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
-    gain = torch.minimum(ratio * advantage, clipped * advantage)
-    return -mask.mean_of_zeroed(gain), ratio.detach()
+    return -torch.minimum(ratio * advantage, clipped * advantage), ratio.detach()
 
 
 def value_loss(
     value: Tensor, old: Tensor, target: Tensor, mask: ac.Mask, clip: float, scale: Tensor | float
 ) -> Tensor:
-    """Half the mean squared error in units of `scale`, the worse of clipped and free if `clip`."""
+    """Half the squared error of each step in units of `scale`, 0 where not valid; the worse of
+    clipped and free if `clip`."""
     error = mask.zero(value - target).square()
     if clip:
         near = old + (value - old).clamp(-clip * scale, clip * scale)
         error = torch.maximum(error, mask.zero(near - target).square())
-    return 0.5 / scale**2 * mask.mean_of_zeroed(error)
+    return 0.5 / scale**2 * error
 
 
 class PPO:
@@ -255,12 +255,9 @@ class PPO:
                 outputs["value"], old_value, value_target, its, config.clip_value,
                 ac.return_scale(self.model),
             )  # fmt: skip
-            spread = its.mean(spread)
-            return {
-                "loss": policy + config.value_coef * value - entropy_coef * spread,
-                "loss/policy": policy.detach(),
-                "loss/value": value.detach(),
-                "loss/entropy": spread.detach(),
+            loss, parts = ac.loss_of(policy, value, spread, its, config.value_coef, entropy_coef)
+            return parts | {
+                "loss": loss,
                 "loss/kl": lambda: ac.divergence(ratio, its),
                 "loss/clipped": lambda: ac.clipped_share(ratio, its, clip_ratio),
             }
