@@ -38,7 +38,7 @@ class UpdateGuard:
     """
 
     def __init__(self, model: nn.Module, events: EventLog):
-        self.model, self.events = model, events
+        self.events = events
         self.num_skipped = self.in_a_row = self.whole = 0  # steps, steps, updates
         self._skipped: list[Tensor] = []
         self._parts, self._times_halved = 1, 0
@@ -125,14 +125,14 @@ class UpdateGuard:
                 "to the newest checkpoint. If this comes again, lower the learning rate"
             )
 
-    def check(self) -> None:
-        """Diverged if a weight is not finite any more. One wait for the device."""
-        weights = self.model.state_dict()
+    def check(self, weights: dict[str, Tensor]) -> None:
+        """Diverged if one of the model's state dict is not finite any more. One wait for the
+        device."""
         with torch.no_grad():
             sums = [weights[name].sum(dtype=torch.float32) for name in self._finite]
-        finite = torch.stack(sums).isfinite() if sums else torch.ones(1, dtype=torch.bool)
-        if not finite.all():
-            name = self._finite[finite.tolist().index(False)]
+        finite = torch.stack(sums).isfinite().tolist() if sums else []
+        if not all(finite):
+            name = self._finite[finite.index(False)]
             raise Diverged(
                 f"expected finite weights, got others in {name}; they are neither published nor "
                 "saved, going back to the newest checkpoint"

@@ -225,9 +225,9 @@ class Learner:
         """Give the current weights, and what schedules need, to whoever acts."""
         with self.shares.time("publish"):
             self.guard.settle()
-            self.guard.check()
+            self.guard.check(weights := self.model.state_dict())
             back = self.weights.back()
-            for name, tensor in self.model.state_dict().items():
+            for name, tensor in weights.items():
                 np.copyto(back["model"][name], tensor.detach().cpu().numpy())
             back["context"]["env_steps"][...] = self.env_steps
             back["context"]["epoch"][...] = self.epoch
@@ -322,7 +322,7 @@ class Learner:
                 "rng": torch.get_rng_state(),
             }
             self.guard.settle()
-            self.guard.check()
+            self.guard.check(self.model.state_dict())
             tensors, numbers = flatten(state)
             counters = {
                 "numbers": numbers,

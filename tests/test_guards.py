@@ -84,11 +84,11 @@ def test_infinities_that_belong_to_a_model_are_its_own(tmp_path):
 
     model = Masked()
     guard = UpdateGuard(model, EventLog(tmp_path / "events.log"))
-    guard.check()
+    guard.check(model.state_dict())
     with torch.no_grad():
         model.bias[1] = torch.nan
     with pytest.raises(Diverged, match="got others in bias"):
-        guard.check()
+        guard.check(model.state_dict())
 
 
 class Steps:
