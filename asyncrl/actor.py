@@ -141,8 +141,8 @@ class Actor:
         self.bfloat16 = computes_in_bfloat16(config.precision, self.device, self.model)
         self.noisy = noisy_layers(self.model)
         # Random play needs the model's memory at the end of an unroll, not what it makes of a row.
-        once = policy.blind and hasattr(model, "advance")
-        self.blind = once and all(ring.num_states == 1 for ring in rings.values())
+        one_state = all(ring.num_states == 1 for ring in rings.values())
+        self.blind = policy.blind and one_state and hasattr(model, "advance")
         self.policy, self.seed, self.generation = policy, seed, generation
         self.lanes = [LaneState(lane, ring, make_envs) for lane, ring in rings.items()]
         self.fresh: set[int] = set()  # lanes whose environments have not made their first step

@@ -15,7 +15,7 @@ OptimizerName = Literal["adam", "rmsprop"]
 # What an update says of itself, by name: 0-d tensors and, where working it out costs something,
 # functions that give one, called when a row of metrics is written.
 Metrics = dict[str, Tensor | Callable[[], Tensor]]
-FLAGS = torch.tensor(0.0), torch.tensor(1.0)
+NOT_SKIPPED, SKIPPED = torch.tensor(0.0), torch.tensor(1.0)
 LATE = 1e6  # steps, behind which Adam corrects no bias of its moments any more
 
 
@@ -118,7 +118,7 @@ class GradientStep:
         else:
             length = norm.item()
             finite = math.isfinite(length)
-            skipped = FLAGS[not finite]
+            skipped = NOT_SKIPPED if finite else SKIPPED
             if length > most:
                 nn.utils.clip_grads_with_norm_(self.parameters, most, norm)
             if finite:
