@@ -190,12 +190,14 @@ def _draw_returns(axes, groups: list[list[_Run]], by, only: str | None, lives: i
             axes.plot(steps, mean, dashes, color=color, label=label, linewidth=1.8)
             axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
             lines += mean.size > 0
-        for run in group:
-            at, value = run.evaluations()
-            color = BLACK if by else COLORS[i % len(COLORS)]
-            axes.plot(at, value, "o", color=color, markerfacecolor="white", markersize=4,
-                      markeredgewidth=1.2, label=evaluation if at.size else None)  # fmt: skip
-            evaluation = None if at.size else evaluation  # named once
+    many = sum(map(len, groups)) > 5  # runs, whose dots would hide the curves
+    for i, run in ((i, run) for i, group in enumerate(groups) for run in group):
+        at, value = run.evaluations()
+        color = BLACK if by else COLORS[i % len(COLORS)]
+        axes.plot(at, value, "o", color=color, markerfacecolor="white", markersize=3 if many else 4,
+                  alpha=0.4 if many else 1, markeredgewidth=1.2, zorder=1 if many else 2,
+                  label=evaluation if at.size else None)  # fmt: skip
+        evaluation = None if at.size else evaluation  # named once
     kinds = {"of seeds" if len(group) > 1 else "of recent episodes" for group in groups}
     axes.set_title(_label(groups[0]) if len(groups) == 1 else "", fontsize=11)
     band = f"band: 25-75 % {' or '.join(sorted(kinds))}"
@@ -205,7 +207,7 @@ def _draw_returns(axes, groups: list[list[_Run]], by, only: str | None, lives: i
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.margins(x=0.01)
     if lines or evaluation is None:
-        axes.legend(loc="upper left")
+        axes.legend(loc="upper left", frameon=True, edgecolor="none", framealpha=0.85)
     else:
         axes.text(0.5, 0.5, "no episode has ended yet", transform=axes.transAxes, ha="center")
 
