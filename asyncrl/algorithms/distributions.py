@@ -43,10 +43,8 @@ def entropy(outputs: dict[str, Tensor]) -> Tensor:
     return _of_categories(_log_probs(outputs), outputs)
 
 
-def log_prob_and_entropy(
-    outputs: dict[str, Tensor], action: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Both, which categories share the greater part of."""
+def log_prob_and_entropy(outputs: dict[str, Tensor], action: Tensor) -> tuple[Tensor, Tensor]:
+    """Both; for categories their logarithms are worked out once."""
     if _is_box(outputs):
         return log_prob(outputs, action), entropy(outputs)
     log_probs = _log_probs(outputs)
