@@ -158,7 +158,7 @@ def time_actor(config) -> tuple[Cost, list[bytearray]]:
 def time_learner(config, unrolls: list[bytearray], num_threads: int) -> Cost:
     """What the learner costs alone: taking unrolls in, and the updates they allow."""
     spec, model = wire(config)
-    algorithm = config.algorithm.build(model, config.learner.resolved_device())
+    algorithm = config.learner.build(config.algorithm, model)
     num_lanes = config.actor.num_lanes
     store = algorithm.store(spec, num_lanes, config.seed)
     algorithm.teams.use(num_threads)

@@ -107,7 +107,7 @@ class Process:
             return status.stopping
 
         model = self.make_model()
-        algorithm = config.algorithm.build(model, config.learner.resolved_device())
+        algorithm = config.learner.build(config.algorithm, model)
         return Learner(
             config.learner,
             config.actor,

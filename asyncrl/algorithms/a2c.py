@@ -20,7 +20,7 @@ from asyncrl.algorithms.teams import Teams
 from asyncrl.models.precision import Precision, computes_in_bfloat16
 from asyncrl.policies import Sample
 from asyncrl.schedules import value_at
-from asyncrl.stores.rollout import RolloutConfig, RolloutQueue
+from asyncrl.stores.rollout import Rollout, RolloutConfig, RolloutQueue
 from asyncrl.types import Spec
 
 
@@ -102,6 +102,7 @@ class A2C:
         )  # fmt: skip
         self.bfloat16 = computes_in_bfloat16(config.precision, device, self.model)
         self.teams = Teams(self.model, device)
+        self.losses = self._losses
 
     @property
     def updates(self) -> int:
@@ -116,6 +117,26 @@ class A2C:
         """One rollout, one step."""
         config, rollout = self.config, store.sample(self.device)
         mask, env_steps = ac.Mask(rollout.valid), store.limiter.inserted
+        losses, target, known = self.losses(
+            rollout, mask, value_at(config.entropy_coef, env_steps)
+        )
+        metrics = self.descend(losses.loss, env_steps) | losses.means(mask)
+        store.used(1)
+        # Afterwards, because it writes to weights whose values the gradient needs.
+        ac.renormalize(self.model, target.value, rollout.valid)
+        ac.update_statistics(self.model, rollout)
+        return metrics | {
+            "loss/kl": lambda: ac.divergence(losses.ratio, mask),
+            "loss/clipped": lambda: mask.mean((losses.ratio > config.clip_rho).float()),
+            "loss/value_mean": lambda: mask.mean(known),
+            "loss/explained_variance": lambda: ac.explained_variance(known, target.value, mask),
+        }
+
+    def _losses(
+        self, rollout: Rollout, mask: ac.Mask, entropy_coef: float
+    ) -> tuple[ac.Losses, ac.Targets, Tensor]:
+        """Of a rollout; what it learns towards; and the values (T, N) it learns from."""
+        config = self.config
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             outputs = self.teams.forward(rollout.obs, rollout.first, rollout.state)
         value = outputs["value"]
@@ -129,27 +150,17 @@ class A2C:
         advantage = target.advantage / scale
         if config.normalize_advantage:
             advantage = ac.normalize(advantage, mask)
-
         ratio = ac.importance_ratio(current.detach(), rollout.log_prob)
         error = mask.zero(value[:-1] - target.value) / scale
-        loss, parts = ac.loss_of(
+        losses = ac.losses_of(
             a2c_loss(current, rollout.log_prob, advantage, mask, config.clip_rho),
-            0.5 * error.square(), spread, mask,
-            config.value_coef, value_at(config.entropy_coef, env_steps),
+            0.5 * error.square(), spread, ratio, mask, config.value_coef, entropy_coef,
         )  # fmt: skip
+        return losses, target, value[:-1].detach()
 
-        metrics = self.descend(loss, env_steps) | parts
-        store.used(1)
-        # Afterwards, because it writes to weights whose values the gradient needs.
-        ac.renormalize(self.model, target.value, rollout.valid)
-        ac.update_statistics(self.model, rollout)
-        known = value[:-1].detach()
-        return metrics | {
-            "loss/kl": lambda: ac.divergence(ratio, mask),
-            "loss/clipped": lambda: mask.mean((ratio > config.clip_rho).float()),
-            "loss/value_mean": lambda: mask.mean(known),
-            "loss/explained_variance": lambda: ac.explained_variance(known, target.value, mask),
-        }
+    def compile(self) -> None:
+        """Have the loss of a rollout compiled at its first use."""
+        self.losses = torch.compile(self._losses)
 
     def state_dict(self) -> dict:
         """Nested dict of tensors and numbers."""

@@ -113,23 +113,38 @@ def explained_variance(value: Tensor, target: Tensor, mask: Mask) -> Tensor:
     return 1 - error_variance / mask.mean((target - mask.mean(target)).square()).clamp(min=1e-8)
 
 
-def loss_of(
+class Losses(NamedTuple):
+    """Of a batch: the loss, with its graph, and what it is made of, of each step (T, N)."""
+
+    loss: Tensor
+    policy: Tensor  # 0 where not valid, as are the next two
+    value: Tensor
+    entropy: Tensor
+    ratio: Tensor  # importance ratio
+
+    def means(self, mask: Mask) -> Metrics:
+        """Over valid steps, for reports."""
+        parts = {name: getattr(self, name) for name in ("policy", "value", "entropy")}
+        return {f"loss/{name}": partial(mask.mean_of_zeroed, x) for name, x in parts.items()}
+
+
+def losses_of(
     policy: Tensor,
     value: Tensor,
     spread: Tensor,
+    ratio: Tensor,
     mask: Mask,
     value_coef: float,
     entropy_coef: float,
-) -> tuple[Tensor, Metrics]:
-    """(the loss, its parts for reports) of each step's policy loss, value loss, both 0 where not
-    valid, and entropy: one mean for all of them."""
+) -> Losses:
+    """From each step's policy loss, value loss, both 0 where not valid, entropy and importance
+    ratio: one mean for all of them."""
     spread = mask.zero(spread)
     loss = policy + value_coef * value
     if entropy_coef:
         loss = loss - entropy_coef * spread
-    parts = {"loss/policy": policy, "loss/value": value, "loss/entropy": spread}
-    means = {name: partial(mask.mean_of_zeroed, part.detach()) for name, part in parts.items()}
-    return mask.mean_of_zeroed(loss), means
+    parts = policy.detach(), value.detach(), spread.detach(), ratio.detach()
+    return Losses(mask.mean_of_zeroed(loss), *parts)
 
 
 def evaluate(

@@ -40,7 +40,18 @@ class Batch(NamedTuple):
     discount: Tensor  # (..) of the value behind it
     following: vd.Return  # (.., M) behind the window, in true units
     weight: Tensor  # (..) 0 for what must not count
-    index: Any  # where the replay has it
+    states: Tree  # (rows, N, *state) of the target net, to be stored anew
+
+
+class Losses(NamedTuple):
+    """Of a batch: the loss, with its graph; without, each transition's error and weight (..), the
+    values (.., A) of the online net, and its states."""
+
+    loss: Tensor
+    error: Tensor
+    weight: Tensor
+    q: Tensor
+    states: Tree
 
 
 def dqn_loss(
@@ -77,6 +88,7 @@ class DQN:
         self.teams = Teams(self.model, device)
         self.head, self.refreshes = config.head, False
         self.chooses = config.double and not config.munchausen  # the online net, the next action
+        self.losses = self._losses
 
     @property
     def updates(self) -> int:
@@ -112,25 +124,40 @@ class DQN:
         config = self.config
         for layer in self.noisy:
             layer.redraw()
-        batch = self._sequences(store) if config.sequence_length else self._transitions(store)
-        loss, error = dqn_loss(
-            batch.outputs, self.head, batch.action, self._target(batch), batch.weight, config.huber
-        )
-        metrics = self.descend(loss, store.limiter.inserted)
-        learned = batch.weight > 0
+        sample = store.sample_sequences() if config.sequence_length else store.sample()
+        rows = store.refresh_rows if self.refreshes else ()
+        losses = self.losses(self._to_device(sample), rows)
+        if rows:
+            store.write_states(sample.index, losses.states)
+        metrics = self.descend(losses.loss, store.limiter.inserted)
+        error, learned = losses.error, losses.weight > 0
         priority = vd.sequence_priority(error, learned) if learned.ndim > 1 else error.abs()
         if config.replay.priority_exponent:
-            store.update_priorities(batch.index, priority.to(store.device))
-        metrics |= {"loss/q": loss.detach(), "loss/td_error": priority.mean()}
-        variance, mean = torch.var_mean(batch.outputs["q"].detach())
+            store.update_priorities(sample.index, priority.to(store.device))
+        metrics |= {"loss/q": losses.loss.detach(), "loss/td_error": priority.mean()}
+        variance, mean = torch.var_mean(losses.q)
         metrics |= {"loss/q_mean": mean, "loss/q_variance": variance}
         if self.updates % config.target_period == 0:
             self._move_target()
         return metrics
 
-    def _transitions(self, store: Replay) -> Batch:
+    def _losses(self, sample: Any, rows: Sequence[int]) -> Losses:
+        """Of a sample of transitions or sequences, with new states before some rows of these."""
+        config = self.config
+        sequences = config.sequence_length > 0
+        batch = self._sequences(sample, rows) if sequences else self._transitions(sample)
+        loss, error = dqn_loss(
+            batch.outputs, self.head, batch.action, self._target(batch), batch.weight, config.huber
+        )
+        return Losses(loss, error, batch.weight, batch.outputs["q"].detach(), batch.states)
+
+    def compile(self) -> None:
+        """Have the loss of a batch compiled at its first use."""
+        self.losses = torch.compile(self._losses)
+
+    def _transitions(self, sample: Any) -> Batch:
         """Single transitions, whose windows the replay has already cut."""
-        config, sample = self.config, self._to_device(store.sample())
+        config = self.config
         returns, discount = n_step_return(
             self._clip(sample.reward), sample.steps, sample.terminated, config.gamma
         )
@@ -154,14 +181,14 @@ class DQN:
         following = self._following(_at(next_target, 0), _at(next_online, 0))
         return Batch(
             _at(outputs, 0), _at(before, 0), sample.action.long(), returns, discount, following,
-            sample.weight, sample.index,
+            sample.weight, {},
         )  # fmt: skip
 
-    def _sequences(self, store: Replay) -> Batch:
+    def _sequences(self, batch: Any, rows: Sequence[int]) -> Batch:
         """Both nets go through whole sequences; the online one learns behind the burn-in."""
-        config, batch = self.config, self._to_device(store.sample_sequences())
+        config = self.config
         warm_up, rest = slice(config.burn_in), slice(config.burn_in, None)
-        length, rows = config.sequence_length, store.refresh_rows if self.refreshes else ()
+        length = config.sequence_length
 
         def online() -> Tree:
             state = batch.state
@@ -176,8 +203,6 @@ class DQN:
                 return self._target_outputs(batch, rows)
 
         online, (target, states) = self.teams.both(online, target)
-        if rows:
-            store.write_states(batch.index, states)
         target = _at(target, rest)
         returns, discount, end = vd.windows(
             self._clip(batch.reward[rest]), batch.terminated[rest], batch.truncated[rest],
@@ -189,7 +214,7 @@ class DQN:
         action, weight = batch.action[rest][learned], batch.weight * batch.learn[rest][learned]
         return Batch(
             _at(online, learned), _at(target, learned), action.long(), returns, discount,
-            following, weight, batch.index,
+            following, weight, states,
         )  # fmt: skip
 
     def _target_outputs(self, batch: Any, rows: Sequence[int]) -> tuple[Tree, Tree]:

@@ -129,14 +129,14 @@ def _is_recurrent(spec: Spec) -> bool:
 def ppo_loss(
     current: Tensor, behaviour: Tensor, advantage: Tensor, mask: ac.Mask, clip_ratio: float
 ) -> tuple[Tensor, Tensor]:
-    """(policy loss of each step, 0 where not valid, importance ratios); inputs of one shape.
+    """(policy loss of each step, 0 where not valid, importance ratio); inputs of one shape.
 
     `behaviour` is the log-probability of whoever acted, so it may be any policy of any age.
     """
     ratio = mask.zero(current - behaviour).clamp(-20, 20).exp()
     advantage = mask.zero(advantage)
     clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
-    return -torch.minimum(ratio * advantage, clipped * advantage), ratio.detach()
+    return -torch.minimum(ratio * advantage, clipped * advantage), ratio
 
 
 def value_loss(
@@ -163,6 +163,7 @@ class PPO:
         )  # fmt: skip
         self.bfloat16 = computes_in_bfloat16(config.precision, device, self.model)
         self.teams = Teams(self.model, device)
+        self.losses = self._losses
         self.generator = torch.Generator()
         self.beat: Callable[[], bool] = lambda: False  # called at each step; whether to stop there
 
@@ -243,26 +244,38 @@ class PPO:
             """Of the loss and its parts, over the valid steps of some columns."""
             state = tree_map(lambda leaf: leaf[envs], states)
             obs, first = tree_map(lambda leaf: leaf[:, envs], rows)
-            action, behaviour, old_value, advantage, value_target = (
-                column[:, envs] for column in columns
-            )
             its = mask if envs == slice(None) else ac.Mask(valid[:, envs])
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-                outputs = self.teams.forward(obs, first, state)
-            current, spread = log_prob_and_entropy(outputs, action)
-            policy, ratio = ppo_loss(current, behaviour, advantage, its, clip_ratio)
-            value = value_loss(
-                outputs["value"], old_value, value_target, its, config.clip_value,
-                ac.return_scale(self.model),
+            losses = self.losses(
+                obs, first, state, *(column[:, envs] for column in columns), its,
+                clip_ratio, entropy_coef,
             )  # fmt: skip
-            loss, parts = ac.loss_of(policy, value, spread, its, config.value_coef, entropy_coef)
-            return parts | {
-                "loss": loss,
-                "loss/kl": lambda: ac.divergence(ratio, its),
-                "loss/clipped": lambda: ac.clipped_share(ratio, its, clip_ratio),
+            return losses.means(its) | {
+                "loss": losses.loss,
+                "loss/kl": lambda: ac.divergence(losses.ratio, its),
+                "loss/clipped": lambda: ac.clipped_share(losses.ratio, its, clip_ratio),
             }
 
         return self.descend.on_means(means, valid, env_steps)
+
+    def _losses(
+        self, obs, first, state, action, behaviour, old_value, advantage, value_target,
+        mask: ac.Mask, clip_ratio: float, entropy_coef: float,
+    ) -> ac.Losses:  # fmt: skip
+        """Of some columns of a minibatch."""
+        config = self.config
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            outputs = self.teams.forward(obs, first, state)
+        current, spread = log_prob_and_entropy(outputs, action)
+        policy, ratio = ppo_loss(current, behaviour, advantage, mask, clip_ratio)
+        value = value_loss(
+            outputs["value"], old_value, value_target, mask, config.clip_value,
+            ac.return_scale(self.model),
+        )  # fmt: skip
+        return ac.losses_of(policy, value, spread, ratio, mask, config.value_coef, entropy_coef)
+
+    def compile(self) -> None:
+        """Have the losses of minibatches compiled at their first use."""
+        self.losses = torch.compile(self._losses)
 
     def state_dict(self) -> dict:
         """Nested dict of tensors and numbers."""

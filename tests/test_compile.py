@@ -1,0 +1,83 @@
+"""Updates with compiled losses are those without, and are compiled once."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from asyncrl import preflight
+from asyncrl.folder import Refused
+from asyncrl.learner_config import LearnerConfig
+from asyncrl.schedules import Linear
+from tests.test_doctor import make_plan
+from tests.test_dqn import CONFIG, Store, Table, make_sample
+from tests.test_on_policy import ALGORITHMS, Box, Given
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def uncompiled():
+    """Nothing that another test has compiled."""
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def assert_equal_weights(one, other) -> None:
+    for mine, its in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_on_policy(name, tmp_path):
+    schedule = Linear(0.5, 0.0, 1_000)
+    config = replace(ALGORITHMS[name], entropy_coef=schedule, optimizer="adam")
+    box = Box(tmp_path, config)
+    box.collect()
+    rollout = box.next_rollout()
+    plain, compiled = (
+        LearnerConfig(compile=on).build(config, box.make_model()) for on in (False, True)
+    )
+    for env_steps in (0, 100, 200, 300, 1_000):
+        metrics = []
+        for algorithm in (plain, compiled):
+            algorithm.store(box.spec, 1, 0)
+            metrics.append(algorithm.update(Given(rollout, env_steps)))
+        assert_equal_weights(plain, compiled)
+        for key, value in metrics[0].items():
+            values = [x() if callable(x) else x for x in (value, metrics[1][key])]
+            torch.testing.assert_close(*values, rtol=1e-3, atol=1e-5, msg=key)
+    graphs = counters["stats"]["unique_graphs"]
+    assert 1 <= graphs <= 3, "a moving schedule must not have it compiled anew again and again"
+
+
+@needs_compiler
+@pytest.mark.parametrize("changes", [{"n_step": 2, "double": True}, {"munchausen": 0.9}], ids=str)
+def test_dqn(changes):
+    plain, compiled = (
+        LearnerConfig(compile=on).build(replace(CONFIG, **changes), Table()) for on in (False, True)
+    )
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        rewards = torch.randn((plain.config.n_step, 8), generator=rng).tolist()
+        numbers = [torch.randint(0, 2, (8,), generator=rng).tolist() for _ in range(3)]
+        store = Store(make_sample(rewards, *numbers))
+        metrics, its = plain.update(store), compiled.update(store)
+        for key, value in metrics.items():
+            torch.testing.assert_close(value, its[key], rtol=1e-4, atol=1e-5, msg=key)
+        assert_equal_weights(plain, compiled)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2
+
+
+def test_without_a_compiler_a_run_is_refused(tmp_path, monkeypatch):
+    plan = make_plan()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert preflight.compiler(plan).verdict == "ok"
+    plan.config["learner"] = {"compile": True}
+    with pytest.raises(Refused, match=r"expected a C\+\+ compiler .* called no-such-compiler"):
+        preflight.preflight(plan, tmp_path)
