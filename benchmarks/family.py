@@ -30,10 +30,12 @@ MEMBERS = {  # beside the launch file's own: double, dueling and three steps
     "all_three": "",
     "prioritised": "--algorithm.replay.priority-exponent 0.6",
     "noisy": f"--model.noisy True {NO_EPSILON}",
-    "c51": "--algorithm.distribution c51 --algorithm.value-min 0 --algorithm.value-max 40",
+    "c51": "--algorithm.distribution c51 --algorithm.value-min 0 --algorithm.value-max 10",
     "qr": "--algorithm.distribution qr",
     "iqn": "--algorithm.distribution iqn",
-    "munchausen": "--algorithm.munchausen 0.9",
+    # Its usual temperature and clip go with rewards of 1; the launch file counts them as 0.1.
+    "munchausen": "--algorithm.munchausen 0.9 --algorithm.munchausen-temperature 0.003 "
+                  "--algorithm.munchausen-clip -0.1",
     "rescaled": "--algorithm.value-rescaling True",
 }
 

@@ -24,12 +24,13 @@ config = Config(
     model=ModelConfig(hidden=(256, 256), dueling=True),
     policy=EpsilonGreedy(Linear(1.0, 0.04, 16_000)),
     algorithm=DQNConfig(
-        gamma=0.97,
+        gamma=0.99,
         n_step=3,
         learning_rate=Linear(1e-3, 0.0, 100_000),
         batch_size=64,
         target_period=1,
         polyak=0.01,
+        reward_scale=0.1,  # values of up to 10 are learned sooner and kept better than of 100
         reward_clip=0,
         replay=ReplayConfig(capacity=100_000, samples_per_insert=16, learning_starts=1_000),
     ),

@@ -60,6 +60,8 @@ def test_a_value_of_another_type_is_refused_by_name(changes, words):
         lambda: DQNConfig(max_grad_norm=NAN),
         lambda: DQNConfig(adam_eps=-1.0),
         lambda: DQNConfig(reward_clip=NAN),
+        lambda: DQNConfig(reward_scale=NAN),
+        lambda: DQNConfig(reward_scale=0.0),
         lambda: DQNConfig(distribution="c51", value_min=-float("inf")),
         lambda: DQNConfig(munchausen_temperature=NAN),
         lambda: A2CConfig(optimizer_eps=NAN),

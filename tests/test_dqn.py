@@ -119,25 +119,28 @@ def test_one_update_by_hand():
     before = sample.reward.clone()
     # Clipped to 1 and -1 the first window's target is 1 - 1/2 + 1/4 of the target net's 1, which
     # the online net chose (double), or of its largest, 2. The second's is 0.5, against Q = 3.
-    for changes, target in (
-        ({"double": True}, 0.75),
-        ({"double": False}, 1.0),
-        ({"double": True, "reward_clip": 0.0}, 1.75),
-        ({"double": True, "reward_clip": 2.0}, 1.25),
+    for changes, target, second in (
+        ({}, 0.75, 0.5),
+        ({"double": False}, 1.0, 0.5),
+        ({"reward_clip": 0.0}, 1.75, 0.5),
+        ({"reward_clip": 2.0}, 1.25, 0.5),
+        ({"reward_clip": 0.0, "reward_scale": 0.5}, 1.0, 0.25),
+        ({"reward_scale": 0.5}, 0.75, 0.25),
     ):
-        dqn = make_dqn(n_step=2, huber=False, max_grad_norm=0.1, **changes)
+        dqn = make_dqn(n_step=2, huber=False, max_grad_norm=0.1, **({"double": True} | changes))
         with torch.no_grad():
             dqn.model.table[0] = torch.tensor([1.0, 3.0])
             dqn.target.table[0] = torch.tensor([2.0, 1.0])
         metrics = dqn.update(Store(sample))
-        assert metrics["loss/q"].item() == pytest.approx(((1 - target) ** 2 + 2.5**2) / 2)
-        assert metrics["loss/td_error"].item() == pytest.approx((abs(target - 1) + 2.5) / 2)
-        assert metrics["loss/grad_norm"].item() == pytest.approx(np.hypot(1 - target, 2.5))
+        one, two = target - 1, second - 3
+        assert metrics["loss/q"].item() == pytest.approx((one**2 + two**2) / 2)
+        assert metrics["loss/td_error"].item() == pytest.approx((abs(one) + abs(two)) / 2)
+        assert metrics["loss/grad_norm"].item() == pytest.approx(np.hypot(one, two))
         assert dqn.model.table.grad.norm().item() == pytest.approx(0.1, rel=1e-4)
         assert all(value.ndim == 0 for value in metrics.values())
         # Adam's first step is the learning rate, whatever the gradient; only what was seen moves.
         moved = dqn.model.table.detach() - torch.tensor([[1.0, 3.0], [0.0, 0.0]])
-        want = [[0.1 * np.sign(target - 1), -0.1], [0, 0]]
+        want = [[0.1 * np.sign(one), -0.1], [0, 0]]
         np.testing.assert_allclose(moved, want, atol=5e-3)
     assert torch.equal(sample.reward, before)  # the store's rewards stay as they are
 

@@ -159,7 +159,7 @@ class DQN:
         """Single transitions, whose windows the replay has already cut."""
         config = self.config
         returns, discount = n_step_return(
-            self._clip(sample.reward), sample.steps, sample.terminated, config.gamma
+            self._counted(sample.reward), sample.steps, sample.terminated, config.gamma
         )
         now = sample.obs, sample.first, sample.state
         later = sample.next_obs, sample.next_first, sample.next_state
@@ -205,7 +205,7 @@ class DQN:
         online, (target, states) = self.teams.both(online, target)
         target = _at(target, rest)
         returns, discount, end = vd.windows(
-            self._clip(batch.reward[rest]), batch.terminated[rest], batch.truncated[rest],
+            self._counted(batch.reward[rest]), batch.terminated[rest], batch.truncated[rest],
             config.gamma, config.n_step, length,
         )  # fmt: skip
         env = torch.arange(end.shape[1], device=self.device).expand_as(end)
@@ -248,8 +248,10 @@ class DQN:
         PyTorch keeps the weights it casts, without gradient, for all that runs in the same one."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
-    def _clip(self, reward: Tensor) -> Tensor:
-        clip = self.config.reward_clip
+    def _counted(self, reward: Tensor) -> Tensor:
+        """Rewards as they are learned from."""
+        scale, clip = self.config.reward_scale, self.config.reward_clip
+        reward = reward if scale == 1 else reward * scale
         return reward.clamp(-clip, clip) if clip else reward
 
     def _to_device(self, sample: Any) -> Any:

@@ -37,6 +37,8 @@ class DQNConfig:
     none."""
     huber: bool = True
     """Linear loss for TD errors above 1; else squared (none) or linear everywhere (qr, iqn)."""
+    reward_scale: float = 1.0
+    """What rewards are multiplied by before they are clipped; reported returns are as they were."""
     reward_clip: float = 1.0
     """Clip rewards to [-reward_clip, reward_clip] (0: as they are)."""
     batch_size: int = 32
@@ -98,6 +100,8 @@ class DQNConfig:
                 "expected 0 <= gamma <= 1, 0 < polyak <= 1 and n_step >= 1, got "
                 f"{self.gamma}, {self.polyak} and {self.n_step}"
             )
+        if not 0 < self.reward_scale < inf:
+            raise ValueError(f"expected reward_scale > 0, got {self.reward_scale}")
         if self.target_period < 1 or self.batch_size < 1:
             raise ValueError(
                 "expected target_period >= 1 and batch_size >= 1, got "
