@@ -407,6 +407,24 @@ def test_the_first_steps_of_rmsprop_by_hand(restored):
         state = descend.state_dict()
 
 
+def test_moments_that_torch_had_kept_for_rmsprop_go_on():
+    weight, twin = (nn.Parameter(torch.zeros(4)) for _ in range(2))
+    theirs = torch.optim.RMSprop([weight], 0.01, alpha=0.99, eps=1e-3)
+
+    def descend_by_torch(*gradient: float) -> None:
+        weight.grad = torch.tensor(gradient)
+        theirs.step()
+
+    descend_by_torch(1.0, -2.0, 0.0, 3.0)
+    ours = GradientStep(nn.ParameterList([twin]), 0.01, 0.0, 1e-3, "rmsprop")
+    with torch.no_grad():
+        twin.copy_(weight)
+    ours.load_state_dict({"moments": {"0": theirs.state[weight]}, "count": 1})
+    descend_by_torch(3.0, 1.0, 2.0, 0.0)
+    ours((twin * weight.grad).sum(), 0)
+    torch.testing.assert_close(twin, weight)
+
+
 @pytest.mark.parametrize("minibatch_of", ["steps", "sequences"])
 def test_minibatches_that_are_cut_for_want_of_memory_teach_the_same(minibatch_of):
     """The stand-in's memory ends in the middle of an epoch, twice."""

@@ -133,7 +133,12 @@ class GradientStep:
     def load_state_dict(self, state: dict) -> None:
         groups = self.optimizer.state_dict()["param_groups"]
         saved = state.get("moments", {})  # nothing before the first step
-        moments = {int(index): moment for index, moment in saved.items()}
+        moments = {int(index): dict(moment) for index, moment in saved.items()}
+        for moment in moments.values():
+            if "square_avg" in moment:  # of torch.optim.RMSprop, in checkpoints of older revisions
+                square = moment.pop("square_avg")
+                moment |= {"exp_avg": torch.zeros_like(square), "exp_avg_sq": square}
+                moment["step"] = torch.tensor(LATE)
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         for parameter in self.parameters:  # whose order in memory fused Adam takes for granted
             moments = self.optimizer.state.get(parameter, {})
