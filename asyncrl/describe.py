@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 # Fields that may change when a run is resumed: they do not decide what is learned.
@@ -25,14 +26,33 @@ def describe(value: Any) -> Any:
     return f"<{getattr(value, '__module__', '?')}.{name}>"
 
 
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Lines 'field: old -> new' where two descriptions differ, but for what a resume may change."""
+def defaults(value: Any, path: str = "") -> list[str]:
+    """Dotted paths of the fields of a configuration that are as their classes have them."""
+    found = []
+    for field in dataclasses.fields(value):
+        inner, part = f"{path}.{field.name}" if path else field.name, getattr(value, field.name)
+        default, make = field.default, field.default_factory
+        default = make() if make is not dataclasses.MISSING else default
+        found += [inner] if describe(part) == describe(default) else []
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):
+            found += defaults(part, inner)
+    return found
+
+
+def differences(
+    old: Any, new: Any, path: str = "", defaults: Collection[str] = ()
+) -> list[str]:
+    """Lines 'field: old -> new' where two descriptions differ, but for what a resume may change.
+
+    A field that the old one does not know, because its class had none yet, may be at its default.
+    """
     if any(path == name or (name.endswith(".") and path.startswith(name)) for name in RESUMABLE):
         return []
     if isinstance(old, dict) and isinstance(new, dict):
         lines = []
         for key in sorted(old.keys() | new.keys()):
             inner = f"{path}.{key}" if path else key
-            lines += differences(old.get(key), new.get(key), inner)
+            if key in old or inner not in defaults:
+                lines += differences(old.get(key), new.get(key), inner, defaults)
         return lines
     return [] if old == new else [f"{path}: {old!r} -> {new!r}"]

@@ -78,7 +78,6 @@ def _checks(
     yield preflight.memory(plan)
     yield preflight.disk(plan, place)
     yield preflight.descriptors(plan)
-    yield preflight.compiler(plan)
     yield from preflight.schedules(plan)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +24,9 @@ class LearnerConfig:
     """Torch threads for learning. 0: as many as cores or fewer, whatever is fastest as the run goes
     on; a single one for a small model."""
     compile: bool = False
-    """Have losses and their gradients compiled by torch.compile. An update of a small net takes
-    half the time, that of convolutions on a CPU longer; each start spends 10 to 60 s more on its
-    first one. Needs a C++ compiler."""
+    """Have losses and their gradients compiled by torch.compile. Updates of small nets are faster,
+    those of convolutions on a CPU slower; each start spends 10 to 60 s on it. LSTMs stay as they
+    are. Needs a C++ compiler and Python's headers."""
     sync_period: int = 1
     """Updates (of whole rollouts, in A2C and PPO) between two syncs of the ring into the store."""
     publish_period: int = 0
@@ -52,6 +55,9 @@ class LearnerConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"expected learner.{name} >= 0, got {getattr(self, name)}")
 
+        if self.compile:
+            _check_compiler()
+
     def resolved_threads(self, model: torch.nn.Module) -> int:
         """Where layers are small, more threads would only wait for each other."""
         return self.num_threads or (usable_cores() if is_large(model) else 1)
@@ -65,6 +71,25 @@ class LearnerConfig:
         """What learns, on its device, from an algorithm's configuration."""
         built = algorithm.build(model, self.resolved_device())
         if self.compile:
+            if not hasattr(built, "compile"):
+                raise ValueError(
+                    f"expected compile() of {type(built).__name__} for learner.compile, got none; "
+                    "write it, or leave the option out"
+                )
             torch._inductor.config.compile_threads = 1  # or it leaves processes behind
             built.compile()
         return built
+
+
+def _check_compiler() -> None:
+    """ValueError where torch.compile would fail at the first update."""
+    compiler, headers = os.environ.get("CXX", "g++"), sysconfig.get_paths()["include"]
+    missing = "" if shutil.which(compiler) else f"no compiler called {compiler}"
+    if not os.path.exists(os.path.join(headers, "Python.h")):
+        missing = missing or f"no Python.h in {headers}"
+    if missing:
+        raise ValueError(
+            f"expected a C++ compiler and Python's headers for learner.compile, got {missing}; "
+            "install them (apt-get install g++ python3-dev), name a compiler in CXX, or leave the "
+            "option out"
+        )

@@ -28,8 +28,7 @@ class Check:
 def preflight(plan: Plan, folder: Path, available: int | None = None) -> list[Check]:
     """Refuse, with the arithmetic, a run that memory, disk or descriptors cannot hold; returns
     what is worth a warning."""
-    of_machine = memory(plan, available), disk(plan, folder), descriptors(plan), compiler(plan)
-    checks = *of_machine, *schedules(plan)
+    checks = memory(plan, available), disk(plan, folder), descriptors(plan), *schedules(plan)
     for check in checks:
         if check.verdict == "refused":
             raise Refused(*check.lines, *filter(None, [check.remedy]))
@@ -94,18 +93,6 @@ def descriptors(plan: Plan) -> Check:
             "--actor.num-actors or --actor.envs-per-lane",
         )  # fmt: skip
     return Check("descriptors", "ok", (words,))
-
-
-def compiler(plan: Plan) -> Check:
-    """The C++ compiler that torch.compile calls, where it is asked for."""
-    if not plan.config.get("learner", {}).get("compile"):
-        return Check("compiler", "ok", ("not needed",))
-    name = os.environ.get("CXX", "g++")
-    if found := shutil.which(name):
-        return Check("compiler", "ok", (found,))
-    words = f"expected a C++ compiler for --learner.compile, got none called {name}"
-    remedy = "install it (apt-get install g++), name another one in CXX, or leave the option out"
-    return Check("compiler", "refused", (words,), remedy)
 
 
 def schedules(plan: Plan) -> tuple[Check, Check]:

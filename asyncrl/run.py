@@ -195,7 +195,8 @@ def run_learner(process: Process, index: int, generation: int) -> None:
     if turn_based and not config.num_threads:
         threads = 1
     on_gpu = config.resolved_device().type == "cuda"
-    adapts = not (turn_based or config.num_threads or on_gpu)
+    # What is compiled is so for a number of threads.
+    adapts = not (turn_based or config.num_threads or on_gpu or config.compile)
     # Two teams draw from one generator, whoever comes first; in turns all must be exact.
     use = torch.set_num_threads if turn_based else learner.algorithm.teams.use
     learner.threads = Threads(

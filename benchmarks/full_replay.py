@@ -39,7 +39,7 @@ class FullReplay:
         self.learner = Learner(
             dataclasses.replace(config.learner, save_replay=save_replay),
             config.actor,
-            config.algorithm.build(model, config.learner.resolved_device()),
+            config.learner.build(config.algorithm, model),
             model,
             spec,
             [Ring(segment.buffer, spec, slots) for segment in self.segments],

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from asyncrl import preflight
-from asyncrl.folder import Refused
 from asyncrl.learner_config import LearnerConfig
 from asyncrl.schedules import Linear
-from tests.test_doctor import make_plan
 from tests.test_dqn import CONFIG, Store, Table, make_sample
-from tests.test_on_policy import ALGORITHMS, Box, Given
+from tests.test_on_policy import ALGORITHMS, Box, Given, network
 
+pytestmark = pytest.mark.timeout(300)  # compiling takes a while
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 
 
@@ -33,11 +32,11 @@ def assert_equal_weights(one, other) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_on_policy(name, tmp_path):
+@pytest.mark.parametrize("name, stack", [("a2c", 1), ("ppo", 3)])
+def test_on_policy(name, stack, tmp_path):
     schedule = Linear(0.5, 0.0, 1_000)
     config = replace(ALGORITHMS[name], entropy_coef=schedule, optimizer="adam")
-    box = Box(tmp_path, config)
+    box = Box(tmp_path, config, network(frame_stack=stack))
     box.collect()
     rollout = box.next_rollout()
     plain, compiled = (
@@ -53,7 +52,7 @@ def test_on_policy(name, tmp_path):
             values = [x() if callable(x) else x for x in (value, metrics[1][key])]
             torch.testing.assert_close(*values, rtol=1e-3, atol=1e-5, msg=key)
     graphs = counters["stats"]["unique_graphs"]
-    assert 1 <= graphs <= 3, "a moving schedule must not have it compiled anew again and again"
+    assert 1 <= graphs <= 3, "neither schedules nor resets have it compiled again and again"
 
 
 @needs_compiler
@@ -74,10 +73,25 @@ def test_dqn(changes):
     assert 1 <= counters["stats"]["unique_graphs"] <= 2
 
 
-def test_without_a_compiler_a_run_is_refused(tmp_path, monkeypatch):
-    plan = make_plan()
+@needs_compiler
+def test_two_teams_are_one():
+    """What is compiled for one thread would have to be for the other too."""
+    threads = torch.get_num_threads()
+    algorithm = LearnerConfig(compile=True).build(CONFIG, Table())
+    algorithm.teams.use(2)
+    assert algorithm.teams.count == 1
+    torch.set_num_threads(threads)
+
+
+def test_without_a_compiler_it_is_refused(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert preflight.compiler(plan).verdict == "ok"
-    plan.config["learner"] = {"compile": True}
-    with pytest.raises(Refused, match=r"expected a C\+\+ compiler .* called no-such-compiler"):
-        preflight.preflight(plan, tmp_path)
+    LearnerConfig()
+    with pytest.raises(ValueError, match=r"expected a C\+\+ compiler .* called no-such-compiler"):
+        LearnerConfig(compile=True)
+
+
+@needs_compiler
+def test_an_algorithm_that_cannot_be_compiled_is_refused():
+    learner = LearnerConfig(compile=True)
+    with pytest.raises(ValueError, match=r"expected compile\(\) of object for learner.compile"):
+        learner.build(SimpleNamespace(build=lambda model, device: object()), Table())

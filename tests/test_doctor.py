@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import resource
 from pathlib import Path
 
@@ -218,6 +219,13 @@ def test_a_run_that_has_another_configuration(in_this_process, runs, launch_file
     out, _ = capsys.readouterr()
     assert "algorithm.gamma: 0.99 -> 0.5" in out and "seed: " not in out
     assert "to do: resume it without these changes" in out
+    config = json.loads((runs / "x" / "config.json").read_text())
+    del config["config"]["algorithm"]["n_step"]  # as of a revision that had no such option yet
+    (runs / "x" / "config.json").write_text(json.dumps(config))
+    assert cli.main(["doctor", str(launch_file), "x"]) == 0
+    capsys.readouterr()
+    assert cli.main(["doctor", str(launch_file), "x", "--algorithm.n-step", "3"]) == 2
+    assert "algorithm.n_step: None -> 3" in capsys.readouterr().out
     (runs / "x" / "launch.json").write_text("[]")
     assert cli.main(["doctor", str(launch_file), "x"]) == 2
     assert "as the run wrote it" in capsys.readouterr().out

@@ -102,7 +102,6 @@ class A2C:
         )  # fmt: skip
         self.bfloat16 = computes_in_bfloat16(config.precision, device, self.model)
         self.teams = Teams(self.model, device)
-        self.losses = self._losses
 
     @property
     def updates(self) -> int:
@@ -117,7 +116,7 @@ class A2C:
         """One rollout, one step."""
         config, rollout = self.config, store.sample(self.device)
         mask, env_steps = ac.Mask(rollout.valid), store.limiter.inserted
-        losses, target, known = self.losses(
+        losses, target, known = self._losses(
             rollout, mask, value_at(config.entropy_coef, env_steps)
         )
         metrics = self.descend(losses.loss, env_steps) | losses.means(mask)
@@ -125,9 +124,10 @@ class A2C:
         # Afterwards, because it writes to weights whose values the gradient needs.
         ac.renormalize(self.model, target.value, rollout.valid)
         ac.update_statistics(self.model, rollout)
+        ratio = losses.ratio
         return metrics | {
-            "loss/kl": lambda: ac.divergence(losses.ratio, mask),
-            "loss/clipped": lambda: mask.mean((losses.ratio > config.clip_rho).float()),
+            "loss/kl": lambda: ac.divergence(ratio, mask),
+            "loss/clipped": lambda: mask.mean((ratio > config.clip_rho).float()),
             "loss/value_mean": lambda: mask.mean(known),
             "loss/explained_variance": lambda: ac.explained_variance(known, target.value, mask),
         }
@@ -159,8 +159,8 @@ class A2C:
         return losses, target, value[:-1].detach()
 
     def compile(self) -> None:
-        """Have the loss of a rollout compiled at its first use."""
-        self.losses = torch.compile(self._losses)
+        """Have the loss of a rollout compiled at its first use, for one team."""
+        self._losses, self.teams.most = torch.compile(self._losses), 1
 
     def state_dict(self) -> dict:
         """Nested dict of tensors and numbers."""

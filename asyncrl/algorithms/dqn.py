@@ -36,9 +36,9 @@ class Batch(NamedTuple):
     outputs: dict[str, Tensor]  # (.., ...) of the online net, with gradient
     before: dict[str, Tensor]  # (.., ...) of the target net there, for Munchausen
     action: Tensor  # (..) int64
-    returns: Tensor  # (..) discounted rewards of the window, clipped
+    returns: Tensor  # (..) discounted rewards of the window, scaled and clipped
     discount: Tensor  # (..) of the value behind it
-    following: vd.Return  # (.., M) behind the window, in true units
+    following: vd.Return  # (.., M) behind the window, in units of the rewards
     weight: Tensor  # (..) 0 for what must not count
     states: Tree  # (rows, N, *state) of the target net, to be stored anew
 
@@ -88,7 +88,6 @@ class DQN:
         self.teams = Teams(self.model, device)
         self.head, self.refreshes = config.head, False
         self.chooses = config.double and not config.munchausen  # the online net, the next action
-        self.losses = self._losses
 
     @property
     def updates(self) -> int:
@@ -126,7 +125,7 @@ class DQN:
             layer.redraw()
         sample = store.sample_sequences() if config.sequence_length else store.sample()
         rows = store.refresh_rows if self.refreshes else ()
-        losses = self.losses(self._to_device(sample), rows)
+        losses = self._losses(self._to_device(sample), rows)
         if rows:
             store.write_states(sample.index, losses.states)
         metrics = self.descend(losses.loss, store.limiter.inserted)
@@ -152,8 +151,8 @@ class DQN:
         return Losses(loss, error, batch.weight, batch.outputs["q"].detach(), batch.states)
 
     def compile(self) -> None:
-        """Have the loss of a batch compiled at its first use."""
-        self.losses = torch.compile(self._losses)
+        """Have the loss of a batch compiled at its first use, for one team."""
+        self._losses, self.teams.most = torch.compile(self._losses), 1
 
     def _transitions(self, sample: Any) -> Batch:
         """Single transitions, whose windows the replay has already cut."""
@@ -223,7 +222,7 @@ class DQN:
         return states_before(self.target, *inputs, rows) if rows else (self.target(*inputs)[0], {})
 
     def _following(self, target: dict[str, Tensor], online: dict[str, Tensor]) -> vd.Return:
-        """(.., M) return from observations on, in true units, by both nets' outputs there."""
+        """(.., M) return from observations on, as rewards count, by both nets' outputs there."""
         config = self.config
         if config.munchausen:
             temperature = config.munchausen_temperature

@@ -163,7 +163,6 @@ class PPO:
         )  # fmt: skip
         self.bfloat16 = computes_in_bfloat16(config.precision, device, self.model)
         self.teams = Teams(self.model, device)
-        self.losses = self._losses
         self.generator = torch.Generator()
         self.beat: Callable[[], bool] = lambda: False  # called at each step; whether to stop there
 
@@ -245,14 +244,15 @@ class PPO:
             state = tree_map(lambda leaf: leaf[envs], states)
             obs, first = tree_map(lambda leaf: leaf[:, envs], rows)
             its = mask if envs == slice(None) else ac.Mask(valid[:, envs])
-            losses = self.losses(
+            losses = self._losses(
                 obs, first, state, *(column[:, envs] for column in columns), its,
                 clip_ratio, entropy_coef,
             )  # fmt: skip
+            ratio = losses.ratio
             return losses.means(its) | {
                 "loss": losses.loss,
-                "loss/kl": lambda: ac.divergence(losses.ratio, its),
-                "loss/clipped": lambda: ac.clipped_share(losses.ratio, its, clip_ratio),
+                "loss/kl": lambda: ac.divergence(ratio, its),
+                "loss/clipped": lambda: ac.clipped_share(ratio, its, clip_ratio),
             }
 
         return self.descend.on_means(means, valid, env_steps)
@@ -274,8 +274,8 @@ class PPO:
         return ac.losses_of(policy, value, spread, ratio, mask, config.value_coef, entropy_coef)
 
     def compile(self) -> None:
-        """Have the losses of minibatches compiled at their first use."""
-        self.losses = torch.compile(self._losses)
+        """Have the losses of minibatches compiled at their first use, for one team."""
+        self._losses, self.teams.most = torch.compile(self._losses), 1
 
     def state_dict(self) -> dict:
         """Nested dict of tensors and numbers."""

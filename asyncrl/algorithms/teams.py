@@ -25,11 +25,12 @@ class Teams:
 
     def __init__(self, model: nn.Module, device: torch.device):
         self.model, self.count = model, 1
-        self._on_cpu = device.type == "cpu"
+        self.most = 2 if device.type == "cpu" else 1
 
     def use(self, threads: int) -> None:
-        """From now on this thread computes with half of so many, and a second one with the rest."""
-        self.count = 2 if self._on_cpu and threads > 1 else 1
+        """From now on this thread computes with half of so many, and a second one with the rest;
+        with all of them where there is one team at `most`."""
+        self.count = min(self.most, max(1, threads))
         torch.set_num_threads(max(1, threads // self.count))
 
     def both(self, first: Callable[[], A], second: Callable[[], B]) -> tuple[A, B]:
