@@ -188,6 +188,8 @@ class DQN:
         config = self.config
         warm_up, rest = slice(config.burn_in), slice(config.burn_in, None)
         length = config.sequence_length
+        # The rows behind those it learns from matter to the online net where it chooses there.
+        seen = rest if self.chooses else slice(config.burn_in, config.burn_in + length)
 
         def online() -> Tree:
             state = batch.state
@@ -195,7 +197,7 @@ class DQN:
                 with torch.no_grad(), self._autocast():
                     _, state = self.model(_at(batch.obs, warm_up), batch.first[warm_up], state)
             with self._autocast():
-                return self.model(_at(batch.obs, rest), batch.first[rest], state)[0]
+                return self.model(_at(batch.obs, seen), batch.first[seen], state)[0]
 
         def target() -> tuple[Tree, Tree]:
             with torch.no_grad(), self._autocast():
@@ -208,7 +210,8 @@ class DQN:
             config.gamma, config.n_step, length,
         )  # fmt: skip
         env = torch.arange(end.shape[1], device=self.device).expand_as(end)
-        following = self._following(_at(target, (end, env)), _at(online, (end, env)))
+        there = _at(online, (end, env)) if self.chooses else {}
+        following = self._following(_at(target, (end, env)), there)
         learned = slice(length)
         action, weight = batch.action[rest][learned], batch.weight * batch.learn[rest][learned]
         return Batch(
@@ -222,12 +225,13 @@ class DQN:
         return states_before(self.target, *inputs, rows) if rows else (self.target(*inputs)[0], {})
 
     def _following(self, target: dict[str, Tensor], online: dict[str, Tensor]) -> vd.Return:
-        """(.., M) return from observations on, as rewards count, by both nets' outputs there."""
+        """(.., M) return from observations on, as rewards count, by both nets' outputs there; {} of
+        the online net where it does not choose."""
         config = self.config
         if config.munchausen:
             temperature = config.munchausen_temperature
             return vd.soft_return(target, self.head, temperature, config.value_rescaling)
-        q = (online if self.chooses else target)["q"]
+        q = (online or target)["q"]
         return vd.greedy_return(target, self.head, q, config.value_rescaling)
 
     def _target(self, batch: Batch) -> vd.Return:
