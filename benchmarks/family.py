@@ -26,6 +26,7 @@ MEMBERS = {  # beside the launch file's own: double, dueling and three steps
     "dqn": PLAIN,
     "double": PLAIN.replace("double False", "double True"),
     "dueling": PLAIN.replace("dueling False", "dueling True"),
+    "double_dueling": "--algorithm.n-step 1",  # as in the paper of dueling nets
     "n_step": PLAIN.replace("n-step 1", "n-step 3"),
     "all_three": "",
     "prioritised": "--algorithm.replay.priority-exponent 0.6",

@@ -142,11 +142,10 @@ class DQN:
 
     def _losses(self, sample: Any, rows: Sequence[int]) -> Losses:
         """Of a sample of transitions or sequences, with new states before some rows of these."""
-        config = self.config
-        sequences = config.sequence_length > 0
+        sequences, huber = self.config.sequence_length > 0, self.config.huber
         batch = self._sequences(sample, rows) if sequences else self._transitions(sample)
         loss, error = dqn_loss(
-            batch.outputs, self.head, batch.action, self._target(batch), batch.weight, config.huber
+            batch.outputs, self.head, batch.action, self._target(batch), batch.weight, huber
         )
         return Losses(loss, error, batch.weight, batch.outputs["q"].detach(), batch.states)
 
@@ -260,8 +259,7 @@ class DQN:
     def _to_device(self, sample: Any) -> Any:
         """All but the index, which is the replay's."""
         rest = sample._replace(index=())
-        moved = tree_map(lambda part: part.to(self.device, non_blocking=True), rest)
-        return moved._replace(index=sample.index)
+        return tree_map(lambda part: part.to(self.device, non_blocking=True), rest)
 
     @torch.no_grad()
     def _move_target(self) -> None:
