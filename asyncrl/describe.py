@@ -26,7 +26,7 @@ def describe(value: Any) -> Any:
     return f"<{getattr(value, '__module__', '?')}.{name}>"
 
 
-def defaults(value: Any, path: str = "") -> list[str]:
+def unset_fields(value: Any, path: str = "") -> list[str]:
     """Dotted paths of the fields of a configuration that are as their classes have them."""
     found = []
     for field in dataclasses.fields(value):
@@ -35,16 +35,14 @@ def defaults(value: Any, path: str = "") -> list[str]:
         default = make() if make is not dataclasses.MISSING else default
         found += [inner] if describe(part) == describe(default) else []
         if dataclasses.is_dataclass(part) and not isinstance(part, type):
-            found += defaults(part, inner)
+            found += unset_fields(part, inner)
     return found
 
 
-def differences(
-    old: Any, new: Any, path: str = "", defaults: Collection[str] = ()
-) -> list[str]:
+def differences(old: Any, new: Any, path: str = "", unset: Collection[str] = ()) -> list[str]:
     """Lines 'field: old -> new' where two descriptions differ, but for what a resume may change.
 
-    A field that the old one does not know, because its class had none yet, may be at its default.
+    A field that the old one does not know, because its class had none yet, may be among `unset`.
     """
     if any(path == name or (name.endswith(".") and path.startswith(name)) for name in RESUMABLE):
         return []
@@ -52,7 +50,7 @@ def differences(
         lines = []
         for key in sorted(old.keys() | new.keys()):
             inner = f"{path}.{key}" if path else key
-            if key in old or inner not in defaults:
-                lines += differences(old.get(key), new.get(key), inner, defaults)
+            if key in old or inner not in unset:
+                lines += differences(old.get(key), new.get(key), inner, unset)
         return lines
     return [] if old == new else [f"{path}: {old!r} -> {new!r}"]

@@ -182,7 +182,7 @@ class RunFolder:
             from asyncrl.describe import differences
 
             before = _stored(self.folder, "config.json", _config)
-            changed = differences(before, plan.config, defaults=plan.defaults)
+            changed = differences(before, plan.config, unset=plan.unset)
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # cannot be read
                 last = Plan.read(self.folder)  # of its last start, which may have got nowhere
                 changed = changed or differences(last.parameters, plan.parameters)

@@ -54,7 +54,6 @@ class LearnerConfig:
         for name in ("num_threads", "publish_period"):
             if getattr(self, name) < 0:
                 raise ValueError(f"expected learner.{name} >= 0, got {getattr(self, name)}")
-
         if self.compile:
             _check_compiler()
 

@@ -42,7 +42,7 @@ class Plan:
     evaluates: bool
     measured: list = field(default_factory=list)  # options, in place of what was "auto"
     learns_until: int | None = None  # env steps; the learning rate is 0 behind them
-    defaults: list = field(default_factory=list)  # paths of what is in config but by default
+    unset: list = field(default_factory=list)  # paths in config of what is at its default
 
     @property
     def parameters(self) -> dict:
@@ -60,7 +60,7 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
 
     from asyncrl.actor import context_fields
     from asyncrl.config import resolve
-    from asyncrl.describe import defaults, describe
+    from asyncrl.describe import describe, unset_fields
     from asyncrl.envs import make_envs
     from asyncrl.foreign import call
     from asyncrl.models.contract import try_model
@@ -149,7 +149,7 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
         evaluates=evaluates,
         measured=measured,
         learns_until=_learns_until(config),
-        defaults=defaults(config),
+        unset=unset_fields(config),
     )
 
 

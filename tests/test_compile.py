@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sysconfig
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -87,6 +88,10 @@ def test_without_a_compiler_it_is_refused(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     LearnerConfig()
     with pytest.raises(ValueError, match=r"expected a C\+\+ compiler .* called no-such-compiler"):
+        LearnerConfig(compile=True)
+    monkeypatch.setenv("CXX", "true")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": "/nowhere"})
+    with pytest.raises(ValueError, match=r"got no Python.h in /nowhere; install"):
         LearnerConfig(compile=True)
 
 

@@ -40,12 +40,12 @@ class Batch(NamedTuple):
     discount: Tensor  # (..) of the value behind it
     following: vd.Return  # (.., M) behind the window, in units of the rewards
     weight: Tensor  # (..) 0 for what must not count
-    states: Tree  # (rows, N, *state) of the target net, to be stored anew
+    states: Tree  # (rows, N, *state) of the target net
 
 
 class Losses(NamedTuple):
     """Of a batch: the loss, with its graph; without, each transition's error and weight (..), the
-    values (.., A) of the online net, and its states."""
+    values (.., A) of the online net, and the target net's states, to be stored anew."""
 
     loss: Tensor
     error: Tensor
