@@ -32,6 +32,7 @@ config = Config(
         target_period=1,
         polyak=0.005,
         reward_clip=0,
+        reward_scale=0.1,  # or most TD errors lie in Huber's linear part
         replay=ReplayConfig(
             capacity=100_000,
             samples_per_insert=16,
