@@ -24,12 +24,13 @@ config = Config(
     model=ModelConfig(frame_stack=4, features=256, dueling=True),
     policy=EpsilonGreedy(Linear(1.0, 0.04, 20_000)),
     algorithm=DQNConfig(
-        gamma=0.97,
+        gamma=0.99,
         n_step=3,
         learning_rate=Linear(5e-4, 0.0, 150_000),
         target_period=1,
         polyak=0.01,
         reward_clip=0,
+        reward_scale=0.1,  # or most TD errors lie in Huber's linear part
         replay=ReplayConfig(capacity=100_000, samples_per_insert=8, learning_starts=1_000),
     ),
     actor=ActorConfig(lanes_per_actor=2, envs_per_lane=4, unroll_length=8),
