@@ -27,7 +27,8 @@ from measure import REPOSITORY, Program, Report, train
 GOALS = {  # mean return, by launch file
     "cartpole_dqn": 475.0, "cartpole_ppo": 475.0, "cartpole_a2c": 475.0, "acrobot_ppo": -90.0,
     "lunarlander_ppo": 200.0, "lunarlander_a2c": 100.0, "pendulum_ppo": -250.0,
-    "masked_cartpole_ppo": 450.0,
+    "masked_cartpole_ppo": 450.0, "masked_cartpole_dqn": 450.0, "lunarlander_dqn": 250.0,
+    "door_dqn": 0.95, "tiny_breakout_dqn": 10.0, "tiny_breakout_ppo": 10.0,
 }  # fmt: skip
 
 
