@@ -102,6 +102,8 @@ def main() -> None:
                         help="best: by the run's own evaluations, on other games")  # fmt: skip
     parser.add_argument("--name", help="of the runs (default: the launch file's)")
     parser.add_argument("--goal", type=float, help="mean return to reach")
+    parser.add_argument("--at-most", type=float, help="instead of a goal: what no seed may pass, "
+                        "where something that is needed has been taken away")  # fmt: skip
     parser.add_argument("--output", type=Path, help="a folder (default: runs/benchmarks/NAME)")
     options, rest = parser.parse_known_args()
     launch = Path(options.launch)
@@ -136,7 +138,10 @@ def main() -> None:
     report.note(f"{text}{high:.2f}; worst seed {scores.min():.2f}, best {scores.max():.2f}")
     names = [f"{options.name}_{seed}" for seed in programs]
     asyncrl(runs, "plot", "--group", "--output", folder / "curves.png", *names)
-    if goal is not None:
+    if options.at_most is not None:
+        report.goal(f"mean return of the best seed, {options.name}", float(scores.max()),
+                    at_most=options.at_most)  # fmt: skip
+    elif goal is not None:
         report.goal(f"mean return (IQM), {options.name}", float(iqm(scores)), at_least=goal)
         report.goal(f"mean return of the worst seed, {options.name}", float(scores.min()),
                     at_least=goal)  # fmt: skip
