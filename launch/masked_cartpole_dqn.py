@@ -30,7 +30,7 @@ config = Config(
     algorithm=DQNConfig(
         gamma=0.99,
         n_step=3,
-        learning_rate=Linear(1e-3, 0.0, 120_000),
+        learning_rate=Linear(1e-3, 0.0, 200_000),
         batch_size=32,
         target_period=1,
         polyak=0.01,
@@ -43,7 +43,7 @@ config = Config(
     ),
     actor=ActorConfig(lanes_per_actor=1, envs_per_lane=4, unroll_length=16),
     evaluation=EvaluationConfig(period_steps=10_000, num_episodes=20, epsilon=0.0),
-    total_env_steps=120_000,
+    total_env_steps=200_000,
 )
 
 # The same without memory: positions and angles alone.
@@ -55,7 +55,7 @@ feed_forward = replace(
         sequence_length=0,
         burn_in=0,
         num_states=1,
-        replay=replace(config.algorithm.replay, samples_per_insert=16),
+        replay=replace(config.algorithm.replay, samples_per_insert=8),
     ),
 )
 
