@@ -126,6 +126,17 @@ REFUSED_OPTIONS = [
     ),
     ("--algorithm.burn-in 2", "expected sequence_length of at least 1 with burn_in"),
     ("--model.lstm 4", "expected sequence_length of at least 1 for a model with a memory, got 0"),
+    (
+        "--model.lstm 4 --algorithm.sequence-length 2",
+        "expected a stored state at least each 2 steps, as many as a sequence is learned from "
+        "(sequence_length=2, loss_on='all'), got one each 4 (unroll_length=4, num_states=1)",
+    ),
+    (
+        "--model.lstm 4 --algorithm.sequence-length 2 --algorithm.loss-on last "
+        "--algorithm.num-states 2",
+        "expected a stored state at least each 1 steps, as many as a sequence is learned from "
+        "(sequence_length=2, loss_on='last'), got one each 2",
+    ),
     ("--algorithm.rollout.max-lag 3", "--algorithm.rollout.max-lag"),
     ("--algorithm.replay.capacity 1000000000000", "GB replay"),
     ("--actor.num-actors 200 --actor.envs-per-lane 1", "GB 201 processes of about 300 MB"),

@@ -91,6 +91,9 @@ def test_the_head_and_the_layer_before_it_are_noisy(space, torsos, dueling):
     names = [name for name in model.state_dict() if name.endswith("noise_in")]
     assert len(names) == count  # published with the weights, saved in checkpoints
     assert sum(name.endswith("sigma") for name, _ in model.named_parameters()) == 2 * count
+    recurrent = build(space, noisy=True, dueling=dueling, lstm=8)
+    behind = noisy_layers(recurrent.head)
+    assert len(behind) == (4 if dueling else 1) and behind == noisy_layers(recurrent)
 
 
 def test_without_noise_a_noisy_net_is_the_net_of_its_means():

@@ -211,27 +211,61 @@ def test_unrolls_inserted_again_rebuild_the_same_replay(exponent):
             store.update_priorities(sample.index, errors)
 
 
+SMALL = Spec(16, 4, spaces.Box(-1, 1, (2,)), spaces.Discrete(2), {})
+
+
+def put(replay: Replay, sequences: range) -> None:
+    """Unrolls of zeros into both lanes."""
+    for sequence in sequences:
+        for lane in range(2):
+            unroll = SMALL.layout.views(bytearray(SMALL.layout.nbytes))
+            unroll.valid[...], unroll.header.sequence[...] = True, sequence
+            replay.insert(lane, unroll)
+
+
 def test_what_a_stream_has_lost_is_not_proposed():
     """A disk that was full cuts the stream: few rows are left, and batches are as full as ever."""
-    spec = Spec(16, 4, spaces.Box(-1, 1, (2,)), spaces.Discrete(2), {})
-
-    def put(replay: Replay, sequences: range) -> None:
-        for sequence in sequences:
-            for lane in range(2):
-                unroll = spec.layout.views(bytearray(spec.layout.nbytes))
-                unroll.valid[...], unroll.header.sequence[...] = True, sequence
-                replay.insert(lane, unroll)
-
-    full = make_replay(spec, capacity=10_000)
+    full = make_replay(SMALL, capacity=10_000)
     put(full, range(100))
     base = full.position()
     put(full, range(100, 104))
-    replay = make_replay(spec, capacity=10_000)
+    replay = make_replay(SMALL, capacity=10_000)
     replay.restart_at(base)
     put(replay, range(100, 104))
     replay.load_state_dict(full.state_dict())
     for _ in range(20):
         assert (replay.sample().weight > 0).all()
+
+
+def test_a_refill_that_is_resumed_is_not_begun_again():
+    """A replay was lost, 640 env steps are due before updates; 256 of them were in when it was
+    saved, and 384 are still due."""
+
+    def make() -> Replay:
+        limiter = RateLimiter(1.0, 32, learning_starts=640, tolerance=0, round_env_steps=128)
+        return Replay(SMALL, 2, 10_000, 32, limiter)
+
+    full = make()
+    put(full, range(10))
+    assert full.updates_allowed() == 640 // 32
+    base = full.position()
+    lost = make()
+    lost.restart_at(base)
+    lost.load_state_dict(full.state_dict())
+    put(lost, range(10, 12))
+    resumed = make()
+    resumed.restart_at(base)
+    put(resumed, range(10, 12))
+    resumed.load_state_dict(lost.state_dict())
+    for sequence in range(12, 15):
+        assert resumed.updates_allowed() == lost.updates_allowed() == 0
+        assert resumed.limiter.filling
+        put(resumed, range(sequence, sequence + 1))
+        put(lost, range(sequence, sequence + 1))
+    assert resumed.updates_allowed() == lost.updates_allowed() == 0
+    assert not resumed.limiter.filling
+    put(resumed, range(15, 16))
+    assert resumed.updates_allowed() == 128 // 32
 
 
 # -- priorities ------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ REPLAY = ReplayConfig(
     priority_exponent=0.7, importance_exponent=IMPORTANCE, state_dtype="float32",
 )  # fmt: skip
 TRANSITIONS = DQNConfig(n_step=3, batch_size=6, precision="float32", replay=REPLAY)
-SEQUENCES = replace(TRANSITIONS, sequence_length=4, burn_in=2, loss_on="last", num_states=2)
+SEQUENCES = replace(TRANSITIONS, sequence_length=4, burn_in=2, loss_on="last", num_states=8)
 NUM_LANES = 2
 
 

@@ -87,8 +87,8 @@ class DQNConfig:
     loss_on: Literal["all", "last"] = "all"
     """Which steps of a sequence are learned from."""
     num_states: int = 1
-    """Recurrent states stored of each unroll, where sequences may begin; unroll_length: one for
-    each step."""
+    """Recurrent states stored of each unroll, evenly spaced, where sequences begin: at least as
+    many as let each step be learned from. unroll_length: one for each step."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
 
     store_name = "replay"
@@ -221,8 +221,22 @@ class DQNConfig:
                 f"expected burn_in=0 for a model without a memory, got {self.burn_in}; there is "
                 "nothing to warm up: leave it out, or give the model a memory (lstm=512)"
             )
+        self._check_coverage(spec)
         self.limiter(spec, num_lanes)
         return self._nbytes(model, spec, num_lanes)
+
+    def _check_coverage(self, spec: Spec) -> None:
+        """Sequences begin where states are stored: each step must be in the loss of some."""
+        between = spec.unroll_length // spec.num_states
+        learned = 1 if self.loss_on == "last" else self.sequence_length
+        if self.sequence_length and between > learned:
+            raise ValueError(
+                f"expected a stored state at least each {learned} steps, as many as a sequence is "
+                f"learned from (sequence_length={self.sequence_length}, loss_on={self.loss_on!r}), "
+                f"got one each {between} (unroll_length={spec.unroll_length}, "
+                f"num_states={spec.num_states}); the steps between would never be learned from: "
+                "raise num_states"
+            )
 
     def checkpoint_nbytes(self, model: nn.Module, spec: Spec, num_lanes: int) -> int:
         """Bytes of the replay that each checkpoint holds: what its unrolls do not tell."""

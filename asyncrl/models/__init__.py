@@ -63,7 +63,8 @@ class Network(nn.Module):
             )
 
         def torso() -> nn.Module:
-            last, noisy = not own_layer or config.lstm > 0, config.noisy and not own_layer
+            last = not own_layer or config.lstm > 0
+            noisy = config.noisy and not own_layer and not config.lstm  # or it would be remembered
             its = replace(config, noisy=noisy)
             built = encoder(observation_space, self.frame_stack, its, last)
             return built.to(memory_format=torch.channels_last)

@@ -47,7 +47,7 @@ class ModelConfig:
     """Of continuous actions, before they are squashed into their bounds."""
     noisy: bool = False
     """Noise in the weights of the Q head and of the layer before it, learned, explores (noisy
-    nets); evaluations go without it."""
+    nets); evaluations go without it. Before an LSTM there is none: it would be remembered."""
     torso: Literal["auto", "nature", "small", "impala"] = "auto"
     """For images. nature: three convolutions, small: one, impala: a residual network of 15. auto:
     nature from 36 x 36 pixels on, else small."""

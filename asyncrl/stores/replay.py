@@ -336,6 +336,7 @@ class Replay:
             "inserted": limiter.inserted,
             "sampled": limiter.sampled,
             "starts_at": limiter.starts_at,
+            "counts_from": limiter.counts_from,
             "generator": self.generator.get_state(),
             "selection": self.selection.state_dict(),
             "states": self.states.state_dict() if self.states else {},
@@ -346,6 +347,7 @@ class Replay:
         limiter = self.limiter
         limiter.inserted, limiter.sampled = state["inserted"], state["sampled"]
         limiter.starts_at = state["starts_at"]
+        limiter.counts_from = state.get("counts_from", limiter.starts_at)  # older ones lack it
         generator = state["generator"]
         if generator.numel() == self.generator.get_state().numel():
             self.generator.set_state(generator)
@@ -355,5 +357,6 @@ class Replay:
         if self.states:
             self.states.load_state_dict(state.get("states", {}))
         held = limiter.inserted - (self.unrolls[0][2] if self.unrolls else limiter.inserted)
-        if held < min(limiter.inserted, limiter.learning_starts, self.capacity // 2):
+        due = max(0, limiter.counts_from - limiter.inserted)  # it was being filled
+        if held < min(limiter.learning_starts - due, self.capacity // 2):
             limiter.refill()

@@ -19,7 +19,7 @@ class ReplayConfig:
     """Env steps kept."""
     samples_per_insert: float = 8.0
     """Transitions learned from an env step. An update stands for batch_size / samples_per_insert
-    env steps, times sequence_length where sequences are drawn."""
+    env steps, times sequence_length where sequences are drawn, also with loss_on="last"."""
     learning_starts: int = 20_000
     """Env steps before the first update."""
     tolerance: int = 0
