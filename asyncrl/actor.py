@@ -21,7 +21,7 @@ from torch import nn
 from asyncrl.env_group import EnvGroup
 from asyncrl.envs import seed_for
 from asyncrl.models.layers import noisy_layers
-from asyncrl.models.precision import Precision, computes_in_bfloat16
+from asyncrl.models.precision import Precision, computes_in_bfloat16, device_called
 from asyncrl.policies import Context, Mixture, unroll_rng
 from asyncrl.transport.ring import Ring, UnrollWriter, Word
 from asyncrl.transport.weights import WeightsReader
@@ -55,7 +55,7 @@ class ActorConfig:
     slots_per_lane: int = 4
     """Unrolls a lane can hold before the actor waits."""
     device: str = "cpu"
-    """Where the net acts."""
+    """Where the net acts; auto: on the GPU where there is one."""
     precision: Precision = "auto"
     """Of the acting copy of the weights. auto: bfloat16 where the hardware multiplies it."""
     num_threads: int = 1
@@ -136,7 +136,7 @@ class Actor:
         generation: int = 0,
     ):
         self.index, self.config, self.weights = index, config, weights
-        self.device = torch.device(config.device)
+        self.device = device_called(config.device)
         self.model = model.to(self.device).eval()
         self.bfloat16 = computes_in_bfloat16(config.precision, self.device, self.model)
         self.noisy = noisy_layers(self.model)

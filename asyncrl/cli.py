@@ -255,10 +255,10 @@ def _eval(options, rest: list[str]) -> int:
     if not isinstance(envs.action_space, Box):  # there the likeliest action is always taken
         how = {"epsilon": options.epsilon} | how
     if games:
+        evaluate.keep(folder, options.checkpoint, weights, games, num_games, config.env, how)
         for name, words in evaluate.table(games, config.env):
             print(f"{name:<12}{words}")
         print("played with " + ", ".join(f"{name} {value}" for name, value in how.items()))
-        evaluate.keep(folder, options.checkpoint, weights, games, num_games, config.env, how)
     if len(games) < num_games:
         print(
             f"stopped: {len(games)} of {num_games} games had ended; short ones end first, so this "
@@ -291,10 +291,10 @@ def _config_of(folder: Path):
 def _device(name: str):
     import torch
 
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    from asyncrl.models.precision import device_called
+
     try:
-        device = torch.device(name)
+        device = device_called(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         expected = "expected auto, cpu, or cuda or cuda:N for a GPU that is there"
@@ -336,7 +336,7 @@ def _plot(options, rest: list[str]) -> int:
 def _watch(options, rest: list[str]) -> int:
     import time
 
-    from asyncrl.health import look
+    from asyncrl.health import is_held, look
 
     folder = find_run(options.run)
     if options.health:
@@ -347,10 +347,12 @@ def _watch(options, rest: list[str]) -> int:
 
     with Panel(folder) as panel:
         try:
-            panel.refresh()
-            while not panel.life.ended:
-                time.sleep(1)
+            while True:
+                panel.held = is_held(folder)
                 panel.refresh()
+                if panel.life.ended:
+                    break
+                time.sleep(1)
         except KeyboardInterrupt:
             return 0
     print(f"{folder.name} {look(folder).words}")

@@ -78,7 +78,7 @@ def load_launch_file(path: Path, original: Path | None = None) -> types.ModuleTy
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
-        code = compile(path.read_bytes(), str(original), "exec")
+        code = compile(path.read_bytes(), str(original), "exec", dont_inherit=True)
         exec(code, module.__dict__)
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
@@ -202,5 +202,10 @@ def main(launch_file: str) -> None:
     """For the last line of a launch file: `python launch/x.py RUN_ID [options]` trains it."""
     import os
 
+    if "asyncrl_launch_file" in sys.modules:  # this is executed to find its Config
+        raise ConfigError(
+            'expected main(__file__) below `if __name__ == "__main__":`, got it called while the '
+            "launch file was read; write that line above it, or it would start itself for ever"
+        )
     command = [sys.executable, "-m", "asyncrl.cli", "train", launch_file, *sys.argv[1:]]
     os.execv(sys.executable, command)

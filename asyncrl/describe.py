@@ -22,6 +22,8 @@ def describe(value: Any) -> Any:
         return [describe(part) for part in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if hasattr(value, "tolist") and not isinstance(value, type):  # numpy's and torch's, by value
+        return describe(value.tolist())
     name = getattr(value, "__qualname__", None) or type(value).__qualname__  # never an address
     return f"<{getattr(value, '__module__', '?')}.{name}>"
 

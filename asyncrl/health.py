@@ -90,16 +90,23 @@ _COUNTS = {
 
 def look(folder: Path) -> Health:
     """How the run in a folder is now; reads the ends of its files only."""
-    row, life, held, log_seconds = {}, Life(), True, 0.0
+    row, life, log_seconds = {}, Life(), 0.0
     for line in last_lines(folder / "metrics.jsonl"):
         row = numbers(line) or row
     life.take(parse_events(last_lines(folder / "events.log", 1 << 20)))
-    with suppress(OSError):  # where one may not look
-        held = holder(folder) is not None
+    held = is_held(folder)
     with suppress(OSError, ValueError, TypeError, KeyError):
         config = json.loads((folder / "config.json").read_bytes())
         log_seconds = float(config["config"]["learner"]["log_seconds"])
     return health(row, life, time.time(), held, log_seconds)
+
+
+def is_held(folder: Path) -> bool:
+    """Whether some process has the run in a folder; True where one may not look."""
+    try:
+        return holder(folder) is not None
+    except OSError:
+        return True
 
 
 def _ago(seconds: float) -> str:

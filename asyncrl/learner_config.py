@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from asyncrl.limits import usable_cores
-from asyncrl.models.precision import is_large
+from asyncrl.models.precision import device_called, is_large
 
 
 @dataclass(frozen=True)
@@ -54,22 +54,19 @@ class LearnerConfig:
         for name in ("num_threads", "publish_period"):
             if getattr(self, name) < 0:
                 raise ValueError(f"expected learner.{name} >= 0, got {getattr(self, name)}")
-        if self.compile:
-            _check_compiler()
 
     def resolved_threads(self, model: torch.nn.Module) -> int:
         """Where layers are small, more threads would only wait for each other."""
         return self.num_threads or (usable_cores() if is_large(model) else 1)
 
     def resolved_device(self) -> torch.device:
-        if self.device != "auto":
-            return torch.device(self.device)
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return device_called(self.device)
 
     def build(self, algorithm: Any, model: torch.nn.Module) -> Any:
         """What learns, on its device, from an algorithm's configuration."""
         built = algorithm.build(model, self.resolved_device())
         if self.compile:
+            check_compiler()
             if not hasattr(built, "compile"):
                 raise ValueError(
                     f"expected compile() of {type(built).__name__} for learner.compile, got none; "
@@ -80,7 +77,7 @@ class LearnerConfig:
         return built
 
 
-def _check_compiler() -> None:
+def check_compiler() -> None:
     """ValueError where torch.compile would fail at the first update."""
     compiler, headers = os.environ.get("CXX", "g++"), sysconfig.get_paths()["include"]
     missing = "" if shutil.which(compiler) else f"no compiler called {compiler}"

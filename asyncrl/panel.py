@@ -84,6 +84,7 @@ class Panel:
         self._start_time, self._plain_time = time.time(), -math.inf
         self.events: deque[Event] = deque(maxlen=20)
         self.life = Life()
+        self.held = True  # whether a process has the run; who watches from elsewhere finds out
         self._forget()
         self._stream = sys.stdout if stream is None else stream
         self._live = None
@@ -193,7 +194,7 @@ class Panel:
         text += f" left={duration(left).replace(' ', '')}" if left is not None else ""
         words = self.row.get("bottleneck", "not known yet")
         text += f' bottleneck="{words}"'
-        well, words = health(self.row, self.life, time.time())
+        well, words = health(self.row, self.life, time.time(), self.held)
         text += "" if well or words.startswith("ended") else f' health="{words}"'
         self._print(self.row.get("time", time.time()), text)
 
@@ -281,7 +282,7 @@ class Panel:
         with suppress(KeyError):
             text = f"{row['log/dropped']:.0f} lines could not be written"
             flow.append(("logs", Text(text, "red")))
-        well, words = health(row, self.life, time.time())
+        well, words = health(row, self.life, time.time(), self.held)
         flow.append(("health", Text(words, "green" if well else "red")))
 
         for label, side in (("learner", "time/learner/"), ("actors", "time/actor/")):

@@ -63,6 +63,7 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
     from asyncrl.describe import describe, unset_fields
     from asyncrl.envs import make_envs
     from asyncrl.foreign import call
+    from asyncrl.learner_config import check_compiler
     from asyncrl.models.contract import try_model
     from asyncrl.policies import as_mixture
     from asyncrl.policy_contract import check_policy
@@ -70,6 +71,8 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
     from asyncrl.transport.weights import weights_fields
 
     config = resolve(launch_file, options, original)
+    if config.learner.compile:
+        check_compiler()
     envs = make_envs(config.env, 1)
     observation_space, action_space = envs.observation_space, envs.action_space
     envs.close()

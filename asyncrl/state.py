@@ -8,11 +8,12 @@ from torch import Tensor
 
 
 def flatten(tree: dict, prefix: str = "") -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Split nested dicts into {path: array} and {path: number}; paths are joined by '|'."""
+    """Split nested dicts into {path: array} and {path: number}. Paths are joined by '|'; in a name
+    itself it is written %7C, and % is %25."""
     arrays: dict[str, np.ndarray] = {}
     numbers: dict[str, float] = {}
     for key, value in tree.items():
-        path = f"{prefix}{key}"
+        path = prefix + str(key).replace("%", "%25").replace("|", "%7C")
         if isinstance(value, dict):
             inner_arrays, inner_numbers = flatten(value, path + "|")
             arrays |= inner_arrays
@@ -28,7 +29,8 @@ def unflatten(leaves: dict) -> dict:
     """The inverse of `flatten`: arrays become tensors again."""
     tree: dict = {}
     for path, value in leaves.items():
-        *parents, key = path.split("|")
+        names = [name.replace("%7C", "|").replace("%25", "%") for name in path.split("|")]
+        *parents, key = names
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})

@@ -86,13 +86,13 @@ def test_two_teams_are_one():
 
 def test_without_a_compiler_it_is_refused(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    LearnerConfig()
+    learner = LearnerConfig(compile=True)  # who only plays needs none
     with pytest.raises(ValueError, match=r"expected a C\+\+ compiler .* called no-such-compiler"):
-        LearnerConfig(compile=True)
+        learner.build(CONFIG, Table())
     monkeypatch.setenv("CXX", "true")
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": "/nowhere"})
     with pytest.raises(ValueError, match=r"got no Python.h in /nowhere; install"):
-        LearnerConfig(compile=True)
+        learner.build(CONFIG, Table())
 
 
 @needs_compiler

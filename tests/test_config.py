@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from asyncrl import (
     A2CConfig,
@@ -22,6 +25,7 @@ from asyncrl import (
     ReplayConfig,
 )  # fmt: skip
 from asyncrl.config import ConfigError, complete, load_launch_file, resolve
+from asyncrl.describe import describe, differences
 
 NAN = float("nan")
 CONFIG = Config(EnvConfig("CartPole-v1"))
@@ -93,6 +97,7 @@ def test_every_profile_of_every_launch_file_is_of_its_declared_types():
         (b"x = 1\nn = int('abc')", r"launch.py \(line 2\) cannot be used: ValueError: invalid lit"),
         (b"x = '\xff\xfe'", r"launch.py cannot be used: SyntaxError: .*"),
         (b"from asyncrl import *\nEpsilonGreedy(2.0)", r"\(line 2\) .*expected epsilon of .*got 2"),
+        (b"import asyncrl\nasyncrl.main(__file__)", r"\(line 2\) .*below `if __name__ == .__main"),
     ],
 )
 def test_a_launch_file_that_raises_is_named_with_its_line(tmp_path, source, words):
@@ -130,3 +135,16 @@ def test_fields_are_looked_at_before_the_options(tmp_path, field, words):
     (tmp_path / "launch.py").write_text(f"from asyncrl import *\nconfig = Config({field})")
     with pytest.raises(ConfigError, match=words):
         resolve(tmp_path / "launch.py", [])
+
+
+def test_a_launch_file_has_its_own_rules_of_annotations(tmp_path):
+    """Not those of the file that executes it, where they are words."""
+    (tmp_path / "launch.py").write_text("class Mine:\n    size: int = 3\n")
+    assert load_launch_file(tmp_path / "launch.py").Mine.__annotations__ == {"size": int}
+
+
+@pytest.mark.parametrize("make", [np.float32, np.float64, lambda x: np.array([x]), torch.tensor])
+def test_a_resume_sees_changes_in_numbers_of_numpy_and_torch(make):
+    one, other = ({"level": describe(make(level))} for level in (0.5, 0.25))
+    assert json.loads(json.dumps(one)) == one
+    assert len(differences(one, other)) == 1 and not differences(one, one)

@@ -8,7 +8,7 @@ import pytest
 
 from asyncrl import cli
 from asyncrl.folder import RunFolder
-from asyncrl.health import SILENT_SECONDS, Life, health, look
+from asyncrl.health import SILENT_SECONDS, Life, health, is_held, look
 from asyncrl.logs import Event, EventLog, RunLog
 
 NOW = 1_000_000.0
@@ -74,6 +74,21 @@ def test_a_run_whose_supervisor_was_killed_is_not_well(tmp_path):
         assert look(tmp_path).well
     found = look(tmp_path)
     assert not found.well and "killed: no process holds its folder; start it again" in found.words
+    assert not is_held(tmp_path)
+
+
+def test_watch_shows_that_a_run_was_killed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ASYNCRL_RUNS", str(tmp_path))
+    EventLog(tmp_path / "x" / "events.log").event("start", "run x started")
+    RunLog(tmp_path / "x", tensorboard=False).write(ROW | {"time": time.time()})
+    (tmp_path / "x" / "config.json").write_text("{}")
+
+    def enough(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", enough)
+    assert cli.main(["watch", "x"]) == 0
+    assert 'health="last heard of 0 s ago, killed: no process' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("line", ["5", '{"time": "x"}', '{"time": Infinity}', "[" * 9_000, "null"])

@@ -568,6 +568,15 @@ def test_running_statistics_are_those_of_all_valid_rows_at_once(shape):
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("name", ["left|right", "50%", "%7C|%25", "|"])
+def test_any_name_of_a_part_survives_being_saved(name):
+    tree = {"model": {f"encoder.{name}.weight": torch.ones(2), name: {name: 3.0}}}
+    arrays, numbers = flatten(tree)
+    again = unflatten(arrays | numbers)
+    assert again["model"][name] == {name: 3.0}
+    assert torch.equal(again["model"][f"encoder.{name}.weight"], torch.ones(2))
+
+
 def test_nothing_seen_is_mean_0_and_variance_1():
     statistics = RunningStatistics((2,))
     statistics.update(torch.ones(3, 1, 2), torch.zeros(3, 1, dtype=torch.bool))

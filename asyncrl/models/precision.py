@@ -11,6 +11,13 @@ from torch import nn
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
+def device_called(name: str) -> torch.device:
+    """A device by torch's name; "auto": the GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
 def computes_in_bfloat16(precision: Precision, device: torch.device, model: nn.Module) -> bool:
     """Whether `precision` means bfloat16 for this model on this device.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from math import ceil, floor
 
+COUNTERS = "inserted", "sampled", "starts_at", "counts_from"  # what a resumed one goes on from
+
 
 class RateLimiter:
     """Keeps `sampled / (inserted - starts_at)` at `samples_per_insert`.

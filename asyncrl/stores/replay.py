@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from asyncrl.stores.circle import Circle
-from asyncrl.stores.limiter import RateLimiter
+from asyncrl.stores.limiter import COUNTERS, RateLimiter
 from asyncrl.stores.replay_config import ReplayConfig, replay_nbytes, rows_per_lane
 from asyncrl.stores.selection import Index, Selection
 from asyncrl.stores.sequences import Sequence, SequenceShape, States
@@ -331,12 +331,7 @@ class Replay:
 
     def state_dict(self) -> dict:
         """What is not rebuilt from the unrolls."""
-        limiter = self.limiter
-        return {
-            "inserted": limiter.inserted,
-            "sampled": limiter.sampled,
-            "starts_at": limiter.starts_at,
-            "counts_from": limiter.counts_from,
+        return {name: getattr(self.limiter, name) for name in COUNTERS} | {
             "generator": self.generator.get_state(),
             "selection": self.selection.state_dict(),
             "states": self.states.state_dict() if self.states else {},
@@ -345,9 +340,8 @@ class Replay:
     def load_state_dict(self, state: dict) -> None:
         """Call it when the unrolls are in; if most are lost, `learning_starts` come in first."""
         limiter = self.limiter
-        limiter.inserted, limiter.sampled = state["inserted"], state["sampled"]
-        limiter.starts_at = state["starts_at"]
-        limiter.counts_from = state.get("counts_from", limiter.starts_at)  # older ones lack it
+        for name in COUNTERS:  # older checkpoints lack the last
+            setattr(limiter, name, state.get(name, state["starts_at"]))
         generator = state["generator"]
         if generator.numel() == self.generator.get_state().numel():
             self.generator.set_state(generator)
