@@ -210,10 +210,11 @@ def read_episodes(run_folder) -> dict[str, np.ndarray]:
     """Columns of episodes.csv by name (see EPISODE_COLUMNS), each (episodes,); `policy` is object.
     Torn and unreadable lines are passed over; without the file all are empty."""
     rows = []
-    for cells in csv.reader(_complete_lines(Path(run_folder) / "episodes.csv")):
-        with suppress(ValueError):
+    for line in _complete_lines(Path(run_folder) / "episodes.csv"):
+        with suppress(ValueError, OverflowError, csv.Error):
+            (cells,) = csv.reader([line], strict=True)  # a quote in one line must not hide others
             pairs = zip(EPISODE_COLUMNS.values(), cells, strict=True)
-            rows.append([kind(cell) for kind, cell in pairs])
+            rows.append([np.int64(cell) if kind is int else kind(cell) for kind, cell in pairs])
     columns = zip(*rows, strict=True) if rows else [()] * len(EPISODE_COLUMNS)
     return {
         name: np.array(values, dtype=object if kind is str else kind)

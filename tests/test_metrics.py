@@ -161,6 +161,19 @@ def test_torn_tail_is_cut_when_a_run_goes_on(tmp_path):
     assert read_episodes(tmp_path)["return"].tolist() == [1, 2]
 
 
+@pytest.mark.parametrize("bad", ['"', '0,1,0,"p,1,1', f"0,{10**30},0,p,1,1", "0,1,0,p,1", "\0", ""])
+def test_a_bad_line_of_episodes_hides_no_other(tmp_path, bad):
+    log = RunLog(tmp_path, tensorboard=False)
+    log.write_episodes([(0, 1, 0, 'a "quoted", name', 1, 1)])
+    with open(tmp_path / "episodes.csv", "a") as file:
+        file.write(f"{bad}\n")
+    log = RunLog(tmp_path, tensorboard=False)
+    log.write_episodes([(0, step, 0, "p" * 1_000, step, 1) for step in range(2, 300)])
+    episodes = read_episodes(tmp_path)
+    assert episodes["env_steps"].tolist() == list(range(1, 300))
+    assert episodes["policy"][0] == 'a "quoted", name' and episodes["length"].dtype == np.int64
+
+
 def test_resume_cuts_both_files_back_to_the_checkpoint(tmp_path):
     log = RunLog(tmp_path, tensorboard=False)
     for step in (1, 2):
