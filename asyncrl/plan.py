@@ -73,7 +73,7 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
     config = resolve(launch_file, options, original)
     if config.learner.compile:
         check_compiler()
-    envs = make_envs(config.env, 1)
+    envs = call("the environment's constructor", make_envs, config.env, 1)
     observation_space, action_space = envs.observation_space, envs.action_space
     envs.close()
     model = call("the model's constructor", config.model, observation_space, action_space)
@@ -85,7 +85,7 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
     if config.actor.num_actors == "auto":
         from asyncrl.costs import best_num_actors
 
-        number = best_num_actors(config)
+        number = call("the environment", best_num_actors, config)
         config = replace(config, actor=replace(config.actor, num_actors=number))
         measured = ["--actor.num-actors", str(number)]
     actor = config.actor

@@ -285,6 +285,17 @@ def test_an_error_in_code_of_the_users_is_told_with_its_traceback(
     assert not runs.exists()
 
 
+def test_so_is_one_in_an_environment(in_this_process, runs, launch_file, capfd):
+    launch_file.write_text(
+        "from asyncrl import *\ndef make(num_envs):\n int('abc')\n"
+        "config = Config(EnvConfig(make), ModelConfig(), algorithm=PPOConfig())"
+    )
+    message = refusal(capfd, "train", launch_file, "x")
+    words = "(line 3) cannot be used: RuntimeError: the environment's constructor raised ValueError"
+    assert words in message and 'launch.py", line 3, in make' in message
+    assert not runs.exists()
+
+
 def test_a_launch_file_that_is_not_there(runs, capfd):
     message = refusal(capfd, "train", "launch/nothing.py", "x")
     assert "expected a launch file, got launch/nothing.py, which is not there" in message
