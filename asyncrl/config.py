@@ -168,6 +168,7 @@ def check_types(part: Any, name: str = "") -> None:
             kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
             is_id = hint is EnvConfig and isinstance(value, str)
             remedy = f"; write EnvConfig({value!r})" if is_id else ""
+            remedy = f"; write {value.__name__}(...)" if isinstance(value, type) else remedy
             raise ConfigError(f"expected {inner} to be {kind}, got {name_of(value)}{remedy}")
         check_types(value, inner)
 
@@ -176,6 +177,13 @@ def complete(config: Config) -> Config:
     """`config` with everything decided that was left to the parts."""
     check_types(config)
     model, algorithm = config.model, config.algorithm
+    if isinstance(algorithm, type) or not hasattr(algorithm, "store_name"):
+        raise ConfigError(
+            "expected algorithm to be the configuration of one, as DQNConfig(), A2CConfig() or "
+            f"PPOConfig(), got {name_of(algorithm)}"
+        )
+    if model is ModelConfig:
+        raise ConfigError("expected model to be an object, got a class; write ModelConfig()")
     if isinstance(model, nn.Module) or not callable(model):
         got = f"a model, {type(model).__name__}" if isinstance(model, nn.Module) else repr(model)
         raise ConfigError(

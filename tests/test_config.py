@@ -129,6 +129,11 @@ def test_a_type_that_is_not_the_declared_one_is_told_before_it_is_compared(tmp_p
         ("env='CartPole-v1'", r"EnvConfig, got 'CartPole-v1'; write EnvConfig\('CartPole-v1'\)$"),
         ("env=lambda n: 3", r"EnvConfig, got <lambda> \(.*launch.py:2\)$"),
         ("env=EnvConfig('x'), model=3", "a function of .* got 3; write model=lambda obs, act: ..."),
+        ("env=EnvConfig", r"env to be EnvConfig, got EnvConfig; write EnvConfig\(...\)$"),
+        ("EnvConfig('x'), model=ModelConfig", r"got a class; write ModelConfig\(\)$"),
+        ("EnvConfig('x'), algorithm=PPOConfig", r"as DQNConfig\(\), .* got PPOConfig$"),
+        ("EnvConfig('x'), algorithm='ppo'", r"as DQNConfig\(\), .* got 'ppo'$"),
+        ("EnvConfig('x'), algorithm=None", r"as DQNConfig\(\), .* got None$"),
     ],
 )
 def test_fields_are_looked_at_before_the_options(tmp_path, field, words):
