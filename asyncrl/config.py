@@ -166,9 +166,9 @@ def check_types(part: Any, name: str = "") -> None:
             right = False
         if not right:
             kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-            is_id = hint is EnvConfig and isinstance(value, str)
-            remedy = f"; write EnvConfig({value!r})" if is_id else ""
-            remedy = f"; write {value.__name__}(...)" if isinstance(value, type) else remedy
+            remedy = f"; write {value.__name__}(...)" if isinstance(value, type) else ""
+            if hint is EnvConfig and isinstance(value, str):
+                remedy = f"; write EnvConfig({value!r})"
             raise ConfigError(f"expected {inner} to be {kind}, got {name_of(value)}{remedy}")
         check_types(value, inner)
 

@@ -29,8 +29,7 @@ def unflatten(leaves: dict) -> dict:
     """The inverse of `flatten`: arrays become tensors again."""
     tree: dict = {}
     for path, value in leaves.items():
-        names = [name.replace("%7C", "|").replace("%25", "%") for name in path.split("|")]
-        *parents, key = names
+        *parents, key = (name.replace("%7C", "|").replace("%25", "%") for name in path.split("|"))
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})

@@ -105,9 +105,9 @@ stack = variant(plain, frame_stack=4, lstm=0, length=8)
 lstm = variant(plain, frame_stack=1, lstm=512, length=8)
 config = variant(plain, frame_stack=4, lstm=512, length=8)
 
-# For weak machines, as the ancestor's own profile of this name: small batches, short sequences.
-# All four learn from 32 steps an update, at the same cost; returns of three steps, or 40,000
-# updates would not be enough to tell them apart.
+# For weak machines, as the ancestor's own profile of this name. All four learn from 32 steps an
+# update, which costs twice as much with an LSTM; by returns of three steps, or 40,000 updates would
+# not be enough to tell them apart.
 home_plain = replace(
     plain,
     policy=mix(random_steps=30_000),

@@ -30,7 +30,7 @@ config = Config(
         target_period=1,
         polyak=0.01,
         reward_clip=0,
-        reward_scale=0.1,  # or most TD errors lie in Huber's linear part
+        reward_scale=0.1,  # values of at most 10 instead of 100
         replay=ReplayConfig(capacity=100_000, samples_per_insert=8, learning_starts=1_000),
     ),
     actor=ActorConfig(lanes_per_actor=2, envs_per_lane=4, unroll_length=8),
