@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from asyncrl.checkpoint import Checkpoints
-from tests.faults.lab import Lab, Outcome, expect, kill
+from tests.faults.lab import STRANGER, Lab, Outcome, expect, kill
 from tests.runs import Run
 
 
@@ -190,7 +190,8 @@ def fault_24(lab: Lab) -> Outcome:
     """Strangers in /dev/shm, made and deleted: nothing of ours is there."""
     run = lab.running()
     lab.until_learning(run)
-    strangers = [Path("/dev/shm") / name for name in ("asyncrl-lane-0", "asyncrl-weights")]
+    names = ("asyncrl-lane-0", "asyncrl-weights")
+    strangers = [Path("/dev/shm") / f"{name}-{STRANGER}" for name in names]
     for stranger in strangers:
         stranger.write_bytes(b"x" * 4096)
     for process in (psutil.Process(run.process.pid), *run.children()):
