@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,11 @@ from asyncrl.transport.weights import WeightsBuffer, WeightsWriter, weights_fiel
 
 
 class FullReplay:
-    """`learner`, not yet started, of a launch file; `insert` gives it unrolls of noise, in which
-    no episode ends, by the way that unrolls from actors take."""
+    """`learner`, not yet started, of a launch file and its options; `insert` gives it unrolls of
+    noise, in which no episode ends, by the way that unrolls from actors take."""
 
-    def __init__(self, folder: Path, launch: str, save_replay: bool):
-        config = resolve(REPOSITORY / launch, [])
+    def __init__(self, folder: Path, launch: str, save_replay: bool, options: Sequence[str] = ()):
+        config = resolve(REPOSITORY / launch, list(options))
         torch.set_num_threads(config.learner.num_threads or os.cpu_count() or 1)
         torch.set_flush_denormal(True)
         spec, model = wire(config)

@@ -5,28 +5,39 @@
 Replays of 1,000,000 frames of launch/breakout_dqn.py (noise, 84 x 84) are filled by `insert` and
 drawn from: batches of 32 with both stacks of four. Uniform and prioritised replays share nothing
 but the machine; their batches alternate. The sum tree alone stands beside a binary one in numpy.
+Whole updates with an LSTM, with and without writing the target net's states back, alternate too;
+reading a batch's states, which is in both, is timed by itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
+from full_replay import FullReplay
 from measure import REPOSITORY, Report, arguments, like_a_run
 
 from asyncrl.config import resolve
 from asyncrl.costs import wire
+from asyncrl.learner import Learner
 from asyncrl.models import ModelConfig
 from asyncrl.stores.limiter import RateLimiter
 from asyncrl.stores.replay import Replay
 from asyncrl.stores.sum_tree import SumTree
-from asyncrl.types import Spec
+from asyncrl.types import Spec, tree_map
 
 STACK, BATCH, NUM_LANES, CAPACITY = 4, 32, 2, 1_000_000
 LIMIT_GB = 7.7
+RECURRENT = {  # launch file: options
+    "breakout_ancestor": ["--algorithm.replay.capacity", "20000"],
+    "breakout_ancestor, home_lstm": ["--profile", "home_lstm"],
+    "masked_cartpole_dqn": [],
+}
 
 
 class BinaryTree:
@@ -174,9 +185,57 @@ def held(config, report: Report) -> None:
                 unit=" GB")  # fmt: skip
 
 
+def states(report: Report, repeats: int, count: int) -> None:
+    """What stored states add to an update: reading them, and writing the target net's back."""
+    rows = []
+    for name, options in RECURRENT.items():
+        with tempfile.TemporaryDirectory() as folder:
+            launch = f"launch/{name.split(',')[0]}.py"
+            learner = FullReplay(Path(folder), launch, False, options)
+            learner.fill()
+            rows.append(_states(name, learner.learner, repeats, count))
+    report.table(rows)
+    worst = max(rows, key=lambda row: np.median(row["read and refresh / update"]))
+    report.goal("states and refresh / update", worst["read and refresh / update"], at_most=0.1)
+
+
+def _states(name: str, learner: Learner, repeats: int, count: int) -> dict:
+    """One row of the table."""
+    torch.set_num_threads(1)
+    algorithm, store = learner.algorithm, learner.store
+    algorithm.teams.most = 1  # what other threads take would not be counted
+    lane, number, env = store.sample_sequences().index
+
+    def read() -> None:
+        place = store.states.entries.flat(lane, number)
+        tree_map(lambda column: column[place, env].float(), store.states.columns)
+
+    def update(refreshes: bool) -> None:
+        algorithm.refreshes = refreshes
+        algorithm.update(store)
+
+    kinds = {
+        "read": read,
+        "plain": lambda: update(False),
+        "refreshing": lambda: update(True),
+    }
+    microseconds(kinds, 5)
+    found = [microseconds(kinds, count) for _ in range(repeats)]
+    return {
+        "update of": name,
+        "us": [row["refreshing"] for row in found],
+        "states read, us": [row["read"] for row in found],
+        "written back, us": [row["refreshing"] - row["plain"] for row in found],
+        "read and refresh / update": [
+            (row["read"] + row["refreshing"] - row["plain"]) / row["refreshing"] for row in found
+        ],
+    }
+
+
 def main() -> None:
     parser = arguments(__doc__, repeats=5)
     parser.add_argument("--batches", type=int, default=400, help="of each kind, a repeat")
+    parser.add_argument("--updates", type=int, default=30, help="of each kind, a repeat")
     parser.add_argument("--capacity", type=int, default=CAPACITY)
     options = parser.parse_args()
     like_a_run()
@@ -185,6 +244,7 @@ def main() -> None:
     report = Report("replay", options)
     held(config, report)
     trees(report, options.repeats, options.batches)
+    states(report, options.repeats, options.updates)
     spec, _ = wire(config)
     batches(spec, report, options.repeats, options.batches, options.capacity)
     report.finish()

@@ -17,7 +17,7 @@ class LSTM(nn.Module):
     anew, short stretches (and the single rows of an actor) are computed row by row instead.
     """
 
-    LONG = 8  # rows in a stretch, on average, from which calls are cheaper on a CPU
+    LONG = 7  # rows in a stretch, on average, from which calls are cheaper on a CPU
 
     def __init__(self, features: int, size: int):
         super().__init__()
