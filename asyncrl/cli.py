@@ -7,7 +7,11 @@ import os
 import re
 import signal
 import sys
+import traceback
 from pathlib import Path
+from typing import NoReturn
+
+from asyncrl.foreign import leave
 
 TRAIN_USAGE = "asyncrl train LAUNCH_FILE RUN_ID [--option value ...]"
 CHECKPOINTS = ["newest", "best"]
@@ -31,8 +35,22 @@ SIGHUP.
 """
 
 
+def entry() -> NoReturn:
+    """The command `asyncrl`."""
+    try:
+        status = main()
+    except SystemExit as error:
+        status = error.code or 0
+    except BrokenPipeError:  # as `asyncrl eval RUN | head -1` leaves it
+        status = 128 + signal.SIGPIPE
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    leave(status)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Entry of `asyncrl`; returns the exit status."""
+    """As `entry`; returns the exit status."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command not in ("train", "doctor", "bench"):
@@ -165,6 +183,7 @@ def find_run(name: str) -> Path:
         if os.path.isfile(folder / "config.json"):  # a name may be too long even to look
             return folder
     known = sorted(path.parent.name for path in runs_folder().glob("*/config.json"))
+    known[20:] = [f"{len(known) - 20} more"] * (len(known) > 20)
     refuse(
         f"expected the id of a run in {runs_folder()}, got {name!r}; "
         + (f"there are: {', '.join(known)}" if known else "there are none yet")
@@ -202,121 +221,14 @@ def _train(options, rest: list[str]) -> int:
 
 
 def _eval(options, rest: list[str]) -> int:
-    folder = find_run(options.run)
-    import torch
-    from gymnasium.spaces import Box
-
-    from asyncrl import evaluate, video
-    from asyncrl.config import ConfigError
-    from asyncrl.disk import CheckpointError
-    from asyncrl.env_group import EnvDataError
-    from asyncrl.envs import make_envs
+    folder = find_run(options.run)  # before PyTorch is loaded, which takes seconds
+    from asyncrl.eval import main
     from asyncrl.folder import Refused
 
-    torch.set_num_threads(1)  # more wait for each other, for minutes where a run goes on beside it
-    num_envs = 1 if options.render_mode else min(options.envs, options.episodes)
-    num_games = num_envs * -(-options.episodes // num_envs)
-    watchers, recorder = [], None
     try:
-        weights = evaluate.read_weights(folder, options.checkpoint)
-        config = _config_of(folder)
-        env, seed = config.env, options.seed
-        if seed is None:
-            seed = config.seed + 1000
-        if options.video:
-            recorder = video.Recorder(env, num_envs, seed)
-            watchers.append(recorder)
-        if not options.render_mode:
-            envs = make_envs(env, num_envs)
-        elif video.has_twin(env):
-            envs = make_envs(env, 1)
-            watchers.append(video.Window(env, seed))
-        else:
-            video.expect_display()
-            envs = video.make_visible(env, 1, options.render_mode)
-        model = config.model(envs.observation_space, envs.action_space)
-        evaluate.load_weights(model, weights)
-        model.to(_device(options.device)).eval().requires_grad_(False)
-    except (CheckpointError, ConfigError, EnvDataError, ImportError, Refused, ValueError) as error:
+        return main(folder, options)
+    except Refused as error:
         refuse(str(error))
-    for refused in weights.refused:
-        print(f"asyncrl: {refused}", file=sys.stderr)
-    after = f"after {weights.env_steps:,} env steps"
-    print(f"run {folder.resolve().name}: {weights.checkpoint}, {after}", flush=True)
-
-    with _Interrupt() as interrupt:
-        watchers.append(lambda step, action: interrupt.seen)
-        games = evaluate.play_games(
-            model, envs, num_games, seed, options.epsilon,
-            lambda step, action: any([watch(step, action) for watch in watchers]),
-        )  # fmt: skip
-    envs.close()
-    how = {"seed": seed, "envs": num_envs}
-    if not isinstance(envs.action_space, Box):  # there the likeliest action is always taken
-        how = {"epsilon": options.epsilon} | how
-    if games:
-        evaluate.keep(folder, options.checkpoint, weights, games, num_games, config.env, how)
-        for name, words in evaluate.table(games, config.env):
-            print(f"{name:<12}{words}")
-        print("played with " + ", ".join(f"{name} {value}" for name, value in how.items()))
-    if len(games) < num_games:
-        print(
-            f"stopped: {len(games)} of {num_games} games had ended; short ones end first, so this "
-            "is not what all would come to"
-        )
-        return 130 if interrupt.seen else 0
-    if recorder:
-        best = recorder.best(num_games // num_envs)
-        print(f"filming the best game ({best.score:g}), played again from its seed ...", flush=True)
-        try:
-            print(recorder.film(best, folder / "videos", weights.env_steps))
-        except (EnvDataError, OSError) as error:
-            print(f"asyncrl: no video: {error}", file=sys.stderr)
-            return 1
-    return 0
-
-
-def _config_of(folder: Path):
-    """The configuration of a run, from its own copy of the launch file."""
-    from asyncrl.config import resolve
-    from asyncrl.folder import stored_launch
-
-    file, options = stored_launch(folder)
-    copy = folder / "launch.py"
-    if not copy.is_file():
-        refuse(f"expected {copy}, the run's own launch file, which is not there; put it back")
-    return resolve(copy, options, file)
-
-
-def _device(name: str):
-    import torch
-
-    from asyncrl.models.precision import device_called
-
-    try:
-        device = device_called(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        expected = "expected auto, cpu, or cuda or cuda:N for a GPU that is there"
-        raise ValueError(f"--device: {expected}, got {name!r}") from error
-    return device
-
-
-class _Interrupt:
-    """The first Ctrl-C is only noted; the second interrupts."""
-
-    seen = False
-
-    def __enter__(self) -> _Interrupt:
-        self._previous = signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def __exit__(self, *error) -> None:
-        signal.signal(signal.SIGINT, self._previous)
-
-    def _note(self, number, frame) -> None:
-        self.seen = True
-        signal.signal(signal.SIGINT, self._previous)
 
 
 def _plot(options, rest: list[str]) -> int:
@@ -381,4 +293,4 @@ def _doctor(options, rest: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -1,26 +1,19 @@
 """Evaluation: whole games of the greedy (or nearly greedy) policy, without learning.
 
-The same function plays for `asyncrl eval` from a checkpoint and for the evaluator process, which
-pulls published weights now and then while training goes on.
+The same function plays for `asyncrl eval` (asyncrl/eval.py) from a checkpoint and for the evaluator
+process, which pulls published weights now and then while training goes on.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from asyncrl.checkpoint import Checkpoints
-from asyncrl.disk import CheckpointError
-from asyncrl.env_config import EnvConfig
 from asyncrl.env_group import EnvGroup
 from asyncrl.envs import seed_for
 from asyncrl.models.layers import noisy_layers
@@ -75,8 +68,10 @@ def play_games(
     seed: int,
     epsilon: float = 0.01,
     on_step: Callable[[Any, np.ndarray], bool] = lambda step, action: False,
+    games: list[Game] | None = None,
 ) -> list[Game]:
-    """Play `num_games` games (rounded up to a whole number an environment), in order of their end.
+    """Play `num_games` games (rounded up to a whole number an environment), in order of their end;
+    they are put into `games`, where what raises later does not take them along.
 
     Actions are the best, or the likeliest, and random with probability `epsilon`: vectors of
     discrete actions as a whole, Box actions never. Models keep their memory from step to step, and
@@ -91,7 +86,7 @@ def play_games(
     context, rng = Context(0), unroll_rng(seed, EVALUATION_LANE, 0)
     obs = envs.reset(first_seed(seed))
     first, state = np.ones(B, bool), tree_map(lambda x: x.to(device), model.initial_state(B))
-    games: list[Game] = []
+    games = [] if games is None else games
     played = np.zeros(B, int)
     life, score, length = np.zeros(B), np.zeros(B), np.zeros(B, int)
     lives: list[list[float]] = [[] for _ in range(B)]
@@ -134,115 +129,3 @@ def summarise(games: list[Game]) -> dict[str, float]:
         "eval/length": float(np.mean([game.length for game in games])),
         "eval/episodes": len(games),
     }
-
-
-# -- of a run's checkpoint -----------------------------------------------------------------------
-
-
-class Weights(NamedTuple):
-    """The model of a checkpoint."""
-
-    tensors: dict[str, np.ndarray]
-    env_steps: int  # of training
-    checkpoint: str
-    refused: list[str]  # newer checkpoints that are damaged, and how
-
-
-def read_weights(folder: Path, which: str = "newest") -> Weights:
-    """The model of a run's newest valid checkpoint, or of its best; else CheckpointError."""
-    checkpoints = Checkpoints(folder / "checkpoints")
-    loaded = checkpoints.best() if which == "best" else checkpoints.newest_valid()
-    refused = [f"{path.name} not used: {reason}" for path, reason in checkpoints.rejected]
-    if loaded is None:
-        when = "the first evaluation beside training" if which == "best" else "some minutes"
-        raise CheckpointError(
-            f"expected a valid {which} checkpoint in {checkpoints.folder}, got "
-            + ("; ".join(refused) or f"none; a run has its first one after {when}")
-        )
-    prefix = "" if which == "best" else "algorithm|model|"  # see Learner.save
-    tensors = {
-        name.removeprefix(prefix): loaded.tensors[name]
-        for name in loaded.tensors
-        if name.startswith(prefix)
-    }
-    env_steps = loaded.state["eval/env_steps" if which == "best" else "env_steps"]
-    return Weights(tensors, int(env_steps), loaded.path.name, refused)
-
-
-def load_weights(model: nn.Module, weights: Weights) -> None:
-    """Fill the model; ValueError where it is not the one that was trained."""
-    try:
-        model.load_state_dict({k: torch.from_numpy(v) for k, v in weights.tensors.items()})
-    except RuntimeError as error:
-        raise ValueError(
-            f"expected the model that {weights.checkpoint} was saved from, got another: {error}; "
-            "has code that the launch file imports been changed since?"
-        ) from error
-
-
-def protocol_words(env: EnvConfig) -> str:
-    """Under which rules the games of a resolved EnvConfig are played."""
-    if env.protocol == "none":
-        sticky = f", sticky actions {env.kwargs.get('repeat_action_probability', 0.25):g}"
-        return f"none: the environment's own rules{sticky if env.is_ale else ''}"
-    rules = env.kwargs | env.atari
-    words = [
-        f"sticky actions {rules['repeat_action_probability']:g}",
-        "all 18 actions" if rules["full_action_space"] else "minimal actions",
-        f"0 to {rules['noop_max']} no-ops" + " and FIRE" * rules["use_fire_reset"] + " at a start",
-        f"{rules['frameskip']} frames a step",
-        f"at most {rules['max_num_frames_per_episode']:,} frames a game",
-    ]
-    if env.max_idle_steps:
-        words.append(f"cut after {env.max_idle_steps:,} env steps without reward")
-    return f"{env.protocol}: " + "; ".join(words)
-
-
-def table(games: Sequence[Game], env: EnvConfig) -> list[tuple[str, str]]:
-    """What the games came to, as (name, words); every number with what it is a number of."""
-    scores = np.array([game.score for game in games])
-    lengths = np.array([game.length for game in games])
-    cut = sum(game.cut for game in games)
-    rows = [
-        ("mean return", f"{scores.mean():.2f} +- {scores.std():.2f} ({len(games)} games, "
-         "standard deviation of a game)"),
-        ("median", f"{np.median(scores):g}, from {scores.min():g} to {scores.max():g}"),
-    ]  # fmt: skip
-    if (lives := max(len(game.lives) for game in games)) > 1:
-        means = summarise(list(games))
-        words = f"{means['eval/life_return']:.2f}; {lives} x per life = "
-        rows.append(("per life", f"{words}{means['eval/life_score']:.2f}"))
-    rows.append(("length", f"{lengths.mean():,.0f} env steps, from {lengths.min():,} to "
-                 f"{lengths.max():,}; {cut} of {len(games)} games were cut off"))  # fmt: skip
-    return [*rows, ("protocol", protocol_words(env))]
-
-
-def keep(
-    folder: Path,
-    which: str,
-    weights: Weights,
-    games: Sequence[Game],
-    num_games: int,
-    env: EnvConfig,
-    how: dict,
-) -> None:
-    """Add a line to the run's evaluations.jsonl; a folder that refuses is only reported."""
-    scores = np.array([game.score for game in games])
-    line = {
-        "time": time.time(),
-        "env_steps": weights.env_steps,
-        "checkpoint": weights.checkpoint,
-        "which": which,
-        "complete": len(games) == num_games,  # else it was interrupted
-        **summarise(list(games)),
-        "eval/return_std": float(scores.std()),
-        "eval/return_median": float(np.median(scores)),
-        "protocol": protocol_words(env),
-        **how,
-        "games": [game._asdict() for game in games],
-    }
-    try:
-        with open(folder / "evaluations.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-    except OSError as error:
-        print(f"asyncrl: this evaluation is not kept: {error}", file=sys.stderr)

@@ -1,12 +1,16 @@
-"""Code of the user's: called so that its errors stay its own, named so that it can be found."""
+"""Code of the user's: called so that its errors stay its own, named so that it can be found, left
+behind at the end."""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import functools
 import os
+import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 _PACKAGE = os.path.dirname(__file__) + os.sep
 
@@ -29,3 +33,13 @@ def name_of(thing: Any) -> str:
     name, code = getattr(thing, "__qualname__", None), getattr(thing, "__code__", None)
     where = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
     return f"{name}{where}" if name else repr(thing)
+
+
+def leave(status: int) -> NoReturn:
+    """End this process, as sys.exit does, but without waiting for threads that a launch file or an
+    environment has left running."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads it any more
+            stream.flush()
+    os._exit(status)

@@ -23,11 +23,12 @@ import socket
 import subprocess
 import sys
 import time
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 from setproctitle import setproctitle
 
 from asyncrl.children import CHILD_ENVIRONMENT, Forked
+from asyncrl.foreign import leave
 from asyncrl.logs import EventLog
 from asyncrl.transport.shared_memory import adopt_orphans, die_with_parent
 
@@ -208,7 +209,7 @@ def main(parent_pid: int, connection: socket.socket) -> int:
                 os._exit(0)
             for fd in (connection.detach(), told_read, told_write):
                 os.close(fd)
-            return be_child(request["arguments"], fds)
+            be_child(request["arguments"], fds)
         for fd in (told_write, *flatten(fds)):
             os.close(fd)
         if first > 0:
@@ -238,8 +239,8 @@ def receive_fds(connection: socket.socket, sent: dict) -> dict:
     }
 
 
-def be_child(arguments: list[str], fds: dict) -> int:
-    """What is left to do for a process of its own, then its work; returns its exit status."""
+def be_child(arguments: list[str], fds: dict) -> NoReturn:
+    """What is left to do for a process of its own, then its work."""
     import numpy as np
 
     from asyncrl.run import child_main
@@ -257,7 +258,7 @@ def be_child(arguments: list[str], fds: dict) -> int:
     folder = os.fsencode(folder).decode(errors="replace")
     setproctitle(f"asyncrl {role} {index} of {folder}")
     sys.argv[1:] = [*arguments, json.dumps(fds)]
-    return child_main(sys.argv[1:])
+    leave(child_main(sys.argv[1:]))
 
 
 if __name__ == "__main__":

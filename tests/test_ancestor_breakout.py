@@ -10,7 +10,8 @@ import torch
 import asyncrl.example_envs
 from asyncrl.env_config import EnvConfig
 from asyncrl.envs import make_envs
-from asyncrl.evaluate import first_seed, play_games, summarise, table
+from asyncrl.eval import table
+from asyncrl.evaluate import first_seed, play_games, summarise
 from asyncrl.video import Recorder
 
 ale_py = pytest.importorskip("ale_py")

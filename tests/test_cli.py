@@ -552,12 +552,12 @@ def test_a_system_that_gives_nothing(in_this_process, runs, launch_file, monkeyp
 def test_eval_of_a_run_that_has_lost_a_file(
     in_this_process, runs, launch_file, monkeypatch, capfd, name
 ):
-    from asyncrl import evaluate
+    from asyncrl import eval
 
     begin(runs, launch_file)
     (runs / "x" / "config.json").write_text("{}")
     (runs / "x" / name).unlink()
-    monkeypatch.setattr(evaluate, "read_weights", lambda *arguments: None)
+    monkeypatch.setattr(eval, "read_weights", lambda *arguments: None)
     message = refusal(capfd, "eval", "x")
     assert "expected " in message and "put it back" in message and "Traceback" not in message
 

@@ -21,17 +21,8 @@ from asyncrl.disk import CheckpointError
 from asyncrl.env_config import EnvConfig
 from asyncrl.env_group import EnvDataError, Step
 from asyncrl.envs import make_envs
-from asyncrl.evaluate import (
-    EvaluationConfig,
-    Game,
-    first_seed,
-    load_weights,
-    play_games,
-    protocol_words,
-    read_weights,
-    summarise,
-    table,
-)
+from asyncrl.eval import load_weights, protocol_words, read_weights, table
+from asyncrl.evaluate import EvaluationConfig, Game, first_seed, play_games, summarise
 from asyncrl.models import ModelConfig
 from asyncrl.video import Recorded, Recorder, Twin
 from tests.counting_env import CountingEnv, length_of, reward_of, terminates
@@ -65,10 +56,11 @@ class Walk(gym.Env):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
 
-    def __init__(self, render_mode=None, interrupts=False, wrong_frames=False):
+    def __init__(self, render_mode=None, interrupts=False, wrong_frames=False, breaks=False):
         self.observation_space = spaces.Box(-99, 99, (1,), np.float32)
         self.action_space = spaces.Discrete(2)
         self.render_mode, self.interrupts, self.wrong_frames = render_mode, interrupts, wrong_frames
+        self.breaks = breaks
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -80,6 +72,8 @@ class Walk(gym.Env):
         self.count += 1
         if self.interrupts and self.count == 5 and self.np_random.integers(8) == 0:
             os.kill(os.getpid(), signal.SIGINT)
+        if self.breaks and self.count == 5 and self.np_random.integers(8) == 0:
+            raise ValueError("the walk ends here")
         obs = np.array([self.position], np.float32)
         return obs, float(self.position), self.count == 10, False, {}
 
@@ -553,6 +547,7 @@ def test_eval_says_what_it_cannot_do(run, capfd, monkeypatch):
         ("--checkpoint best", "expected a valid best checkpoint in"),
         ("--render-mode human", "expected a display"),
         ("--device nothing", "--device: expected auto, cpu, or cuda"),
+        ("--device meta", "--device: expected auto, cpu, or cuda"),
     ):
         status, output, errors = evaluate(capfd, *arguments.split())
         assert status == 2 and expected in errors and not output
@@ -572,4 +567,13 @@ def test_eval_interrupted_tells_what_was_played(run, capfd):
     assert "mean return " in output and "of 400 games had ended" in output
     kept = json.loads((run / "evaluations.jsonl").read_text())
     assert not kept["complete"] and 0 < len(kept["games"]) < 400
+    assert not (run / "videos").exists()
+
+
+def test_eval_of_an_environment_that_fails_tells_what_was_played(run, capfd):
+    (run / "launch.py").write_text(LAUNCH_FILE.replace('v0"', 'v0", kwargs={"breaks": True}'))
+    status, output, errors = evaluate(capfd, "--episodes", "400", "--envs", "2", "--video")
+    assert status == 1 and "ValueError: the walk ends here" in errors
+    assert "mean return " in output and "of 400 games had ended" in output
+    assert not json.loads((run / "evaluations.jsonl").read_text())["complete"]
     assert not (run / "videos").exists()

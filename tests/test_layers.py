@@ -34,7 +34,7 @@ LAYERS = [
     {"config"},
     {"costs", "plan", "folder", "preflight", "children", "memory", "run", "template"}
     | {"supervisor", "video"},
-    {"panel", "screen", "health", "plots", "doctor", "bench", "cli"},
+    {"panel", "screen", "health", "plots", "doctor", "bench", "eval", "cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -6,6 +6,8 @@ import json
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from asyncrl import cli
 from asyncrl.checkpoint import Checkpoints
 from asyncrl.types import Spec
 from tests.counting_env import length_of, terminates
-from tests.runs import EXACT
+from tests.runs import EXACT, REPOSITORY
 
 LAUNCH_FILES = Path(__file__).parent / "launch_files"
 
@@ -253,6 +255,20 @@ def test_the_best_by_evaluation_is_kept_and_plays_the_same_games_again(start):
     assert cli.main(["eval", str(run.folder), "--checkpoint", "best", *same]) == 0
     line = (run.folder / "evaluations.jsonl").read_text().splitlines()[-1]
     assert json.loads(line)["eval/return"] == pytest.approx(best["eval/return"])
+
+
+def test_a_thread_of_the_launch_file_keeps_nothing_from_ending(start, tmp_path):
+    """Nor does a reader of the output who has gone away."""
+    launch_file = tmp_path / "threads.py"
+    thread = "import threading\nthreading.Thread(target=threading.Event().wait).start()\n"
+    launch_file.write_text(EXACT.read_text() + thread)
+    run = start("run", launch_file, "--total-env-steps", 1_000)
+    assert run.finish()[0] == 0
+    command = [sys.executable, "-m", "asyncrl.cli", "eval", str(run.folder), "--episodes", "2"]
+    game = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    game.stdout.close()
+    assert game.wait(60) == 128 + signal.SIGPIPE
+    assert game.stderr.read() == b""
 
 
 @pytest.mark.parametrize("schedule", ["async", "serial"])
