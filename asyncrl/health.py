@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from asyncrl.folder import holder
-from asyncrl.logs import Event, last_lines, numbers, parse_events
+from asyncrl.logs import Event, last_lines, parse_events, parse_row
 from asyncrl.metrics import counted
 
 SILENT_SECONDS = 300.0  # as long as a learner may go without a heartbeat; three rows, if longer
@@ -92,7 +92,7 @@ def look(folder: Path) -> Health:
     """How the run in a folder is now; reads the ends of its files only."""
     row, life, log_seconds = {}, Life(), 0.0
     for line in last_lines(folder / "metrics.jsonl"):
-        row = numbers(line) or row
+        row = parse_row(line) or row
     life.take(parse_events(last_lines(folder / "events.log", 1 << 20)))
     held = is_held(folder)
     with suppress(OSError, ValueError, TypeError, KeyError):

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+WORDS = {"bottleneck", "limiter/waiting"}  # metrics that are no numbers
 LARGEST_BACKLOG = 20_000  # characters of events that could not be written
 EPISODE_COLUMNS = {  # of episodes.csv, with the type each is read back as
     "time": float, "env_steps": int, "actor": int, "policy": str, "return": float, "length": int,
@@ -127,7 +128,7 @@ class _TensorBoardFile(_AppendFile):
 
         self._event, self._summary, self._record_writer = Event, Summary, RecordWriter
         start = SessionLog(status=SessionLog.START)
-        rows = map(numbers, last_lines(folder / "metrics.jsonl"))  # they grow
+        rows = map(parse_row, last_lines(folder / "metrics.jsonl"))  # they grow
         newest = max((int(row.get("env_steps", -1)) for row in rows), default=-1)
         header = self._record(file_version="brain.Event:2")
         header += self._record(session_log=start, step=newest + 1)
@@ -182,27 +183,27 @@ def last_lines(path: Path, nbytes: int = 1 << 16) -> list[str]:
     return []
 
 
-def numbers(line: str) -> dict:
-    """What a row of metrics has of them; of a line that is none, nothing."""
+def parse_row(line: str) -> dict:
+    """A row of metrics: its finite numbers, and the words of WORDS; {} of a line that is none."""
     with suppress(ValueError, TypeError, AttributeError, OverflowError, RecursionError):
-        found = json.loads(line).items()
-        return {k: v for k, v in found if isinstance(v, (int, float)) and math.isfinite(v)}
+        return {
+            name: value
+            for name, value in json.loads(line).items()
+            if (isinstance(value, str) and name in WORDS)
+            or (isinstance(value, (int, float)) and math.isfinite(value))
+        }
     return {}
 
 
 def read_metrics(run_folder) -> dict[str, np.ndarray]:
-    """Columns of metrics.jsonl by name, each (rows,): float64 with NaN where a row has no value, or
-    object (strings) with None. Torn and unreadable lines are passed over; {} without any row."""
-    rows = []
-    for line in _complete_lines(Path(run_folder) / "metrics.jsonl"):
-        with suppress(ValueError):
-            row = json.loads(line)
-            rows += [row] if isinstance(row, dict) else []
+    """Columns of metrics.jsonl by name, each (rows,): float64, NaN where a row has no number, or
+    object (WORDS) with None. Torn and unreadable lines are passed over; {} without any row."""
+    lines = _complete_lines(Path(run_folder) / "metrics.jsonl")
+    rows = list(filter(None, map(parse_row, lines)))
     columns = {}
     for name in dict.fromkeys(name for row in rows for name in row):
-        values = [row.get(name) for row in rows]
-        numeric = all(value is None or isinstance(value, (int, float)) for value in values)
-        columns[name] = np.array(values, dtype=np.float64 if numeric else object)
+        kind = object if name in WORDS else np.float64
+        columns[name] = np.array([row.get(name) for row in rows], dtype=kind)
     return columns
 
 

@@ -1,7 +1,6 @@
 """The run on a terminal, from its files only: the supervisor and `asyncrl watch` show the same."""
 
 import errno
-import json
 import math
 import os
 import sys
@@ -19,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from asyncrl.health import Life, health
-from asyncrl.logs import Event, parse_events
+from asyncrl.logs import Event, parse_events, parse_row
 from asyncrl.metrics import counted, percent
 
 PLAIN_PERIOD_SECONDS = 10
@@ -150,8 +149,8 @@ class Panel:
             if again:
                 self._forget()
             for line in lines:
-                with suppress(ValueError, AttributeError):
-                    self._take({k: v for k, v in json.loads(line).items() if v is not None})
+                if row := parse_row(line):
+                    self._take(row)
         texts: list[str] = []
         while lines := self._event_log.read()[0]:
             texts += lines

@@ -59,7 +59,8 @@ def plot(
     if by and policy is not None:
         raise ValueError(f"expected by or policy, got both: {by!r} and {policy!r}")
     single = isinstance(run_folders, (str, os.PathLike))
-    runs = [_Run(Path(folder)) for folder in ([run_folders] if single else run_folders)]
+    folders = [Path(folder) for folder in ([run_folders] if single else run_folders)]
+    runs = [_Run(path) for path in {path.resolve(): path for path in folders}.values()]
     if not runs:
         raise ValueError("run_folders: expected at least one run's folder, got none")
     names = _policies(runs)
@@ -74,6 +75,10 @@ def plot(
     name = f"returns_by_{by}.png" if by else "returns.png"
     default = runs[0].folder / "plots" / name if len(runs) == 1 else "plot.png"
     output = Path(output or default)
+    if output.is_dir():
+        output /= name if len(runs) == 1 else "plot.png"
+    elif not output.suffix:
+        output = output.with_name(f"{output.name}.png")
     output.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 6.2), layout="constrained")
@@ -115,7 +120,7 @@ class _Run:
     def binned(self, name: str, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
         """A column of metrics over env steps, as means of at most `points` pieces of its rows."""
         values = self.metrics.get(name, np.array([]))
-        if values.dtype == object or not np.isfinite(values).any():
+        if not np.isfinite(values).any():
             return np.array([]), np.array([])
         known = np.isfinite(values) & np.isfinite(self.steps)
         pieces = min(points, known.sum())
@@ -187,6 +192,7 @@ def _draw_returns(axes, groups: list[list[_Run]], by, only: str | None, lives: i
             dashes = DASHES[(i if by else i // len(COLORS)) % 4]
             label = " · ".join(filter(None, (_label(group) if len(groups) > 1 else "", policy)))
             label = label or (_label(group) if len(group) > 1 else "training")
+            label = " " * label.startswith("_") + label  # else it would not be in the legend
             axes.plot(steps, mean, dashes, color=color, label=label, linewidth=1.8)
             axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
             lines += mean.size > 0
@@ -288,12 +294,14 @@ NOT_LOSSES = {f"loss/{name}" for name in DIAGNOSTICS | MEANS}
 
 
 def _draw_loss(axes, groups: list[list[_Run]]) -> None:
+    drawn = set()
     for color, alone, run in _each(groups):
         names = [name for name in run.metrics if name[:5] == "loss/" and name not in NOT_LOSSES]
         for j, name in enumerate(names if alone else names[:1]):
             color = COLORS[j % len(COLORS)] if alone else color
             axes.plot(*run.binned(name), color=color, label=name[5:] if alone else None)
-    axes.set(title="loss" if _alone(groups) or not names else f"loss/{names[0][5:]}")
+            drawn.add(name)
+    axes.set(title="loss" if _alone(groups) or not drawn else ", ".join(sorted(drawn)))
 
 
 def _policies(group: list[_Run]) -> list[str]:

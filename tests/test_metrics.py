@@ -142,6 +142,10 @@ def test_readers_pass_over_torn_and_foreign_lines(tmp_path):
     assert read_metrics(tmp_path) == {} and read_episodes(tmp_path)["return"].shape == (0,)
     (tmp_path / "metrics.jsonl").write_bytes(b'{"a": 1}\nnot json\n\xff\n[3]\n{"a": 2}\n{"a": 31}')
     assert read_metrics(tmp_path)["a"].tolist() == [1, 2]  # 31 may have been about to be 314
+    rows = '{"a": "x", "b": [1]}\n{"a": 3, "b": {}, "limiter/waiting": "x"}\n{"a": 1e999}\n'
+    (tmp_path / "metrics.jsonl").write_text(rows)
+    columns = {name: column.tolist() for name, column in read_metrics(tmp_path).items()}
+    assert columns == {"a": [3], "limiter/waiting": ["x"]}
     header = "time,env_steps,actor,policy,return,length\n"
     (tmp_path / "episodes.csv").write_text(header + "1,2,0,p,5,6\n1,2,x\n2,3,0,p,21,7\n3,4,0,p,8,9")
     assert read_episodes(tmp_path)["return"].tolist() == [5, 21]

@@ -1,6 +1,7 @@
 """Plots: what is drawn, by hand numbers and the figure's artists; that a file comes out."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,6 +129,18 @@ def test_several_runs_are_a_line_each(tmp_path, figures, monkeypatch):
     assert str(plot(["dqn_1", "dqn_2"])) == "plot.png" and (tmp_path / "plot.png").exists()
     drawn = lines(figures[0])
     assert set(drawn) == {"dqn_1", "dqn_2", "evaluation"} and set(drawn["dqn_2"][1]) == {2.0}
+
+
+def test_what_is_given_twice_or_named_oddly_is_drawn_and_named(tmp_path, figures, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = (make_run(tmp_path / name) for name in ("_a", "b"))
+    (second / "metrics.jsonl").write_text('{"env_steps": 900, "loss/q": 1.0}\n')
+    (tmp_path / "pictures").mkdir()
+    assert plot([first, second, "_a", first], "pictures") == Path("pictures/plot.png")
+    assert (tmp_path / "pictures" / "plot.png").is_file()
+    assert {" _a", "b"} == set(lines(figures[0])) - {"evaluation"}
+    assert figures[0].axes[4].get_title(loc="left") == "loss/q, loss/td"
+    assert plot([first, second], "here").name == "here.png" and Path("here.png").is_file()
 
 
 def test_group_joins_what_differs_by_seed_only(tmp_path, figures):
