@@ -23,6 +23,7 @@ from asyncrl.envs import seed_for
 from asyncrl.models.layers import noisy_layers
 from asyncrl.models.precision import Precision, computes_in_bfloat16, device_called
 from asyncrl.policies import Context, Mixture, unroll_rng
+from asyncrl.policy_contract import check_log_probs
 from asyncrl.transport.ring import Ring, UnrollWriter, Word
 from asyncrl.transport.weights import WeightsReader
 from asyncrl.types import Field, Tree, Unroll, tree_map
@@ -187,6 +188,7 @@ class Actor:
             self._finish(lane, unroll, T - 1)
             if self.blind:
                 self._advance(lane, unroll)
+            check_log_probs(unroll.log_prob, unroll.policy, self.policy.names)
             lane.writer.commit()
 
     def idle(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,16 @@ def check_part(
         raise ValueError(
             f"expected {who} to return a state like its initial_state({B}), {before}, got "
             f"{_kinds(state)}; let it have one structure at every call"
+        )
+
+
+def check_log_probs(log_prob: np.ndarray, policy: np.ndarray, names: Sequence[str]) -> None:
+    """ValueError where one of an unroll (T, B) is no number, with the name of the policy."""
+    if (bad := np.isnan(log_prob)).any():
+        at = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise ValueError(
+            f"expected log-probabilities from the policy {names[policy[at]]}, got {log_prob[at]} "
+            f"for environment {at[1]} at step {at[0]} of an unroll; -inf is the least there is"
         )
 
 

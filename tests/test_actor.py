@@ -175,6 +175,17 @@ def test_lengths_by_policy_are_not_looked_at_where_parts_change_within_a_game():
 
 
 
+def test_a_log_probability_that_is_none_is_not_handed_on():
+    class Forgetful(Random):
+        def __call__(self, outputs, state, first, step, context, rng):
+            action, log_prob, state = super().__call__(outputs, state, first, step, context, rng)
+            return action, np.where(step == 3, np.float32("nan"), log_prob), state
+
+    mix = Mixture((Part("greedy", Greedy(), weight=0.0), Part("forgetful", Forgetful())))
+    with pytest.raises(ValueError, match="from the policy forgetful, got nan .* at step 3 of an"):
+        play(mix, 1)
+
+
 def test_the_threads_of_environments_give_way_to_the_one_that_acts():
     def policies() -> dict[int, int]:
         threads = map(int, os.listdir("/proc/self/task"))
