@@ -45,6 +45,9 @@ class Actions:
                 f"got {own}; wrap the environment to take one of these"
             )
 
+        if 0 in self.space.shape:
+            raise ValueError(f"{env_id}: expected an action space of some numbers, got {own}")
+
     def for_env(self, action: np.ndarray) -> np.ndarray:
         """(B, *action) of a policy as (B, *own), within the bounds; else ValueError."""
         if self.space.dtype.kind == "f":

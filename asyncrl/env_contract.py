@@ -47,7 +47,12 @@ def check_vector_env(env: Any, config: EnvConfig, num_envs: int) -> None:
 def check_observation_space(space: spaces.Space, config: EnvConfig, name: str = "obs") -> None:
     """ValueError for a space that unrolls cannot hold."""
     if isinstance(space, spaces.Dict | spaces.Tuple):
-        for key, part in space.items() if isinstance(space, spaces.Dict) else enumerate(space):
+        parts = space.spaces if isinstance(space, spaces.Dict) else dict(enumerate(space))
+        wrong = [key for key in parts if isinstance(space, spaces.Dict) and type(key) is not str]
+        if wrong or not parts:
+            got = f"the key {wrong[0]!r}" if wrong else f"{space}"
+            raise ValueError(f"{config.id}: {name}: expected parts, named by strings, got {got}")
+        for key, part in parts.items():
             check_observation_space(part, config, f"{name}[{key!r}]")
         return
     known = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary

@@ -182,7 +182,7 @@ def test_a_log_probability_that_is_none_is_not_handed_on():
             return action, np.where(step == 3, np.float32("nan"), log_prob), state
 
     mix = Mixture((Part("greedy", Greedy(), weight=0.0), Part("forgetful", Forgetful())))
-    with pytest.raises(ValueError, match="from the policy forgetful, got nan .* at step 3 of an"):
+    with pytest.raises(ValueError, match=r"from the policy forgetful, got nan .* at step 3 of an"):
         play(mix, 1)
 
 

@@ -19,7 +19,7 @@ from asyncrl.algorithms.dqn import DQN, DQNConfig, dqn_loss
 from asyncrl.algorithms.value_distributions import Return, greedy_return
 from asyncrl.schedules import Linear
 from asyncrl.stores.replay import ReplayConfig, Sample
-from asyncrl.types import Field, Spec
+from asyncrl.types import Spec
 
 
 class Table(nn.Module):
@@ -279,6 +279,3 @@ def test_refusals():
             DQNConfig(**changes)
     with pytest.raises(ValueError, match="at least one batch of 32, got 31"):
         DQNConfig(replay=ReplayConfig(learning_starts=31))
-    stack = replace(SPEC, state={"frames": Field((1,), "int64")})
-    with pytest.raises(ValueError, match=r"got state .*frames.* and frame_stack=1"):
-        make_dqn().store(stack, 1, 0)

@@ -466,7 +466,10 @@ def test_a_foreign_vector_env(make):
     [
         ({"single_observation_space": spaces.Text(3)}, "obs: expected Box"),
         ({"single_observation_space": spaces.Dict(a=spaces.Graph(spaces.Box(0, 1), None))}, "'a'"),
+        ({"single_observation_space": spaces.Dict()}, r"named by strings, got Dict\(\)"),
+        ({"single_observation_space": spaces.Dict({0: spaces.Box(0, 1)})}, "got the key 0"),
         ({"single_action_space": spaces.Dict(a=spaces.Discrete(2))}, "action space Discrete"),
+        ({"single_action_space": spaces.Box(0, 1, (0,))}, "an action space of some numbers, got"),
         ({"metadata": {"autoreset_mode": AutoresetMode.SAME_STEP}}, "NEXT_STEP, got"),
         ({"metadata": {"autoreset_mode": AutoresetMode.DISABLED}}, "NEXT_STEP, got"),
     ],

@@ -800,6 +800,7 @@ class Own(torch.nn.Module):
     def __init__(self, *returned, begins=None):
         super().__init__()
         self.returned, self.begins = returned, begins or {}
+        self.weight = torch.nn.Parameter(torch.zeros(3, 4))
 
     def initial_state(self, num_envs):
         return self.begins
@@ -832,6 +833,20 @@ def test_a_model_that_returns_something_else_is_refused_in_words(model, words):
     try_model(Own(Q, {}), "q", *spaces_)
     with pytest.raises(ValueError, match=words):
         try_model(model, "q", *spaces_)
+
+
+def test_models_that_could_not_be_trained_are_refused():
+    spaces_ = spaces.Box(-1, 1, (3,)), spaces.Discrete(2)
+    learnt, frozen, named = Own(Q, {}), Own(Q, {}), Own(Q, {}, begins={"frames": torch.zeros(3, 4)})
+    learnt.begins = {"h": learnt.weight}
+    frozen.requires_grad_(False)
+    for model, words in (
+        (learnt, "to give constants, got a tensor with a gradient"),
+        (frozen, "the model Own to have parameters that learn, got none"),
+        (named, "expected 'frames' in the state of a model where its frame_stack is above 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            try_model(model, "q", *spaces_)
 
 
 class FailsAtOneStep(Own):

@@ -204,12 +204,6 @@ class DQNConfig:
     def store_nbytes(self, model: nn.Module, spec: Spec, num_lanes: int) -> int:
         """Bytes the replay will take; ValueError, before anything is allocated, for what this
         algorithm cannot learn from."""
-        frame_stack = getattr(model, "frame_stack", 1)
-        if (frame_stack > 1) != (isinstance(spec.state, dict) and "frames" in spec.state):
-            raise ValueError(
-                "expected frame_stack to be set where the state has 'frames', and only there, got "
-                f"state {spec.state} and frame_stack={frame_stack}"
-            )
         recurrent = is_recurrent(spec)
         if recurrent and not self.sequence_length:
             raise ValueError(

@@ -49,6 +49,20 @@ def try_model(
                 f"expected model.initial_state({B}) to give tensors whose first axis is {B}, got "
                 f"{type(leaf).__name__} of shape {shape}: {CONTRACT}"
             )
+        if leaf.requires_grad:
+            raise ValueError(
+                f"expected model.initial_state({B}) to give constants, got a tensor with a "
+                "gradient; states are stored and sent on: write .detach() behind it"
+            )
+    stack = getattr(model, "frame_stack", 1)
+    if (stack > 1) != (isinstance(state, dict) and "frames" in state):
+        raise ValueError(
+            "expected 'frames' in the state of a model where its frame_stack is above 1, and only "
+            f"there, got frame_stack={stack} and the state {_fields(state)}: it stands for rows "
+            "that are kept anyway; give what the model itself remembers another name"
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"expected {who} to have parameters that learn, got none")
     space = deepcopy(observation_space)  # whose seed is the environment's
     space.seed(0)
 
