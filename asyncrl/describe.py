@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Collection
 from typing import Any
 
 # Fields that may change when a run is resumed: they do not decide what is learned.
 RESUMABLE = ("total_env_steps", "evaluation.", "learner.", "actor.nice", "actor.num_threads",
              "actor.device", "env.num_threads")  # fmt: skip
+
+LONGEST = 2_000  # characters of an array that is told in full
 
 
 def describe(value: Any) -> Any:
@@ -23,7 +27,11 @@ def describe(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if hasattr(value, "tolist") and not isinstance(value, type):  # numpy's and torch's, by value
-        return describe(value.tolist())
+        plain = describe(value.tolist())
+        if len(text := json.dumps(plain)) <= LONGEST:
+            return plain
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return f"<{value.dtype} {tuple(value.shape)}, SHA-256 of its values {digest}>"
     name = getattr(value, "__qualname__", None) or type(value).__qualname__  # never an address
     return f"<{getattr(value, '__module__', '?')}.{name}>"
 

@@ -22,6 +22,7 @@ from asyncrl.transport.weights import WeightsBuffer
 from asyncrl.types import Spec, fields_to_json
 
 EXIT_FAILED, EXIT_REFUSED = 1, 2
+MAX_THREADS = 1_000  # beyond which some libraries do not refuse, but crash
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,12 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
     from asyncrl.transport.weights import weights_fields
 
     config = resolve(launch_file, options, original)
+    for name in ("learner", "actor", "env"):
+        if (threads := getattr(config, name).num_threads) > MAX_THREADS:
+            raise ValueError(
+                f"expected {name}.num_threads of at most {MAX_THREADS:,}, got {threads:,}; more "
+                "than there are processors only wait for each other"
+            )
     if config.learner.compile:
         check_compiler()
     envs = call("the environment's constructor", make_envs, config.env, 1)

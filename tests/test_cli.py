@@ -139,6 +139,7 @@ REFUSED_OPTIONS = [
     ),
     ("--algorithm.rollout.max-lag 3", "--algorithm.rollout.max-lag"),
     ("--algorithm.replay.capacity 1000000000000", "GB replay"),
+    ("--actor.num-threads 1000000", "expected actor.num_threads of at most 1,000, got 1,000,000"),
     ("--actor.num-actors 200 --actor.envs-per-lane 1", "GB 201 processes of about 300 MB"),
 ]
 

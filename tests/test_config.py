@@ -153,3 +153,12 @@ def test_a_resume_sees_changes_in_numbers_of_numpy_and_torch(make):
     one, other = ({"level": describe(make(level))} for level in (0.5, 0.25))
     assert json.loads(json.dumps(one)) == one
     assert len(differences(one, other)) == 1 and not differences(one, one)
+
+
+def test_of_a_large_array_config_json_has_a_digest():
+    one = np.zeros((84, 84), np.float32)
+    other = one.copy()
+    other[83, 83] = 1
+    told = describe(one)
+    assert told.startswith("<float32 (84, 84), SHA-256 of its values ") and len(told) < 200
+    assert describe(other) != told == describe(one.copy())

@@ -61,8 +61,6 @@ def try_model(
             f"there, got frame_stack={stack} and the state {_fields(state)}: it stands for rows "
             "that are kept anyway; give what the model itself remembers another name"
         )
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"expected {who} to have parameters that learn, got none")
     space = deepcopy(observation_space)  # whose seed is the environment's
     space.seed(0)
 
@@ -98,6 +96,8 @@ def try_model(
                 f"expected a model output {name!r} of shape (1, {B}, ...) for one step, got "
                 f"{tuple(one[name].shape) if name in one else sorted(one)}: {CONTRACT}"
             )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"expected {who} to have parameters that learn, got none")
     return _fields(state), outputs
 
 
