@@ -13,6 +13,7 @@ import sys
 import traceback
 import types
 import typing
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,14 +118,16 @@ def choose_profile(module: types.ModuleType, name: str) -> Config:
 
 def apply_options(config: Config, options: Sequence[str], program: str) -> Config:
     """`config` with command-line options applied; tyro refuses unknown names and wrong types."""
-    return tyro.cli(
-        Config,
-        default=config,
-        args=list(options),
-        prog=program,
-        description="Options of this launch file, with its values as defaults.",
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-    )
+    with warnings.catch_warnings():  # a list, where a tuple is declared, is as good
+        warnings.filterwarnings("ignore", "The field .* is annotated", UserWarning)
+        return tyro.cli(
+            Config,
+            default=config,
+            args=list(options),
+            prog=program,
+            description="Options of this launch file, with its values as defaults.",
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+        )
 
 
 def _split_profile(option: str) -> list[str]:

@@ -155,6 +155,16 @@ def test_a_resume_sees_changes_in_numbers_of_numpy_and_torch(make):
     assert len(differences(one, other)) == 1 and not differences(one, one)
 
 
+def test_lists_are_as_good_as_tuples(tmp_path, recwarn):
+    parts = 'ModelConfig(hidden=[8, 4]), Mixture([Part("a", Greedy()), Part("b", Random())])'
+    text = f"from asyncrl import *\nconfig = Config(EnvConfig('CartPole-v1'), {parts})\n"
+    (tmp_path / "launch.py").write_text(text)
+    config = resolve(tmp_path / "launch.py", ["--seed", "3"])
+    assert config.model.hidden == [8, 4] and config.policy.names == ("a", "b")
+    config = resolve(tmp_path / "launch.py", ["--model.hidden", "3", "5"])
+    assert config.model.hidden == (3, 5) and not recwarn.list
+
+
 def test_of_a_large_array_config_json_has_a_digest():
     one = np.zeros((84, 84), np.float32)
     other = one.copy()
