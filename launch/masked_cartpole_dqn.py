@@ -6,6 +6,7 @@
 Hardware: 2 cores, no GPU; 12 to 25 minutes on one of them, beside other work.
 Score: 490.6, interquartile mean of seeds 0 to 4 (385 to 500); 100 greedy games each with the last
 checkpoint. In training, where one action in 25 is random, the last hundred came to 357 to 476.
+feed_forward: 35.2 (35 to 41) in 3 to 4 minutes.
 """
 
 from dataclasses import replace
