@@ -21,11 +21,13 @@ from asyncrl.checkpoint import Checkpoints
 from asyncrl.config import ConfigError, resolve
 from asyncrl.disk import CheckpointError
 from asyncrl.env_config import EnvConfig
-from asyncrl.env_group import EnvDataError
+from asyncrl.env_group import EnvDataError, Step
 from asyncrl.envs import make_envs
 from asyncrl.evaluate import Game, play_games, summarise
 from asyncrl.folder import Refused, stored_launch
 from asyncrl.models.precision import device_called
+
+PROGRESS_SECONDS = 20.0
 
 
 def main(folder: Path, options) -> int:
@@ -61,6 +63,7 @@ def main(folder: Path, options) -> int:
     print(f"run {folder.resolve().name}: {weights.checkpoint}, {after}", flush=True)
 
     games, failed = [], False
+    watchers.append(_Progress(games, num_games))
     with _Interrupt() as interrupt:
         watchers.append(lambda step, action: interrupt.seen)
         try:
@@ -118,6 +121,25 @@ def _device(name: str):
         expected = "expected auto, cpu, or cuda or cuda:N for a GPU that is there"
         raise ValueError(f"--device: {expected}, got {name!r}") from error
     return device
+
+
+class _Progress:
+    """Says from time to time how far the games are: some never end."""
+
+    def __init__(self, games: list[Game], num_games: int):
+        self.games, self.num_games = games, num_games
+        self.env_steps, self.told = 0, time.monotonic()
+
+    def __call__(self, step: Step, action: np.ndarray) -> bool:
+        self.env_steps += len(action)
+        if time.monotonic() - self.told > PROGRESS_SECONDS:
+            self.told = time.monotonic()
+            print(
+                f"asyncrl: {len(self.games)} of {self.num_games} games have ended after "
+                f"{self.env_steps:,} env steps; Ctrl-C tells what they came to",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+        return False
 
 
 class _Interrupt:

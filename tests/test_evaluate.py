@@ -559,10 +559,12 @@ def test_eval_says_what_it_cannot_do(run, capfd, monkeypatch):
     assert not (run / "evaluations.jsonl").exists() and not (run / "videos").exists()
 
 
-def test_eval_interrupted_tells_what_was_played(run, capfd):
+def test_eval_interrupted_tells_what_was_played(run, capfd, monkeypatch):
     (run / "launch.py").write_text(LAUNCH_FILE.replace('v0"', 'v0", kwargs={"interrupts": True}'))
     before = signal.getsignal(signal.SIGINT)
-    status, output, _ = evaluate(capfd, "--episodes", "400", "--envs", "2", "--video")
+    monkeypatch.setattr("asyncrl.eval.PROGRESS_SECONDS", 0.0)
+    status, output, errors = evaluate(capfd, "--episodes", "400", "--envs", "2", "--video")
+    assert "asyncrl: 0 of 400 games have ended after 2 env steps" in errors
     assert status == 130 and signal.getsignal(signal.SIGINT) is before
     assert "mean return " in output and "of 400 games had ended" in output
     kept = json.loads((run / "evaluations.jsonl").read_text())
