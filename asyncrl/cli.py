@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from asyncrl.foreign import leave
+from asyncrl.foreign import leave, nobody_reads
 
 TRAIN_USAGE = "asyncrl train LAUNCH_FILE RUN_ID [--option value ...]"
 CHECKPOINTS = ["newest", "best"]
@@ -39,13 +39,14 @@ def entry() -> NoReturn:
     """The command `asyncrl`."""
     try:
         status = main()
+        sys.stdout.flush()
     except SystemExit as error:
-        status = error.code or 0
-    except BrokenPipeError:  # as `asyncrl eval RUN | head -1` leaves it
+        status = error.code
+    except BaseException as error:
         status = 128 + signal.SIGPIPE
-    except BaseException:
-        traceback.print_exc()
-        status = 1
+        if not (isinstance(error, BrokenPipeError) and nobody_reads()):  # as with `| head -1`
+            traceback.print_exc()
+            status = 1
     leave(status)
 
 

@@ -119,7 +119,8 @@ def choose_profile(module: types.ModuleType, name: str) -> Config:
 def apply_options(config: Config, options: Sequence[str], program: str) -> Config:
     """`config` with command-line options applied; tyro refuses unknown names and wrong types."""
     with warnings.catch_warnings():  # a list, where a tuple is declared, is as good
-        warnings.filterwarnings("ignore", "The field .* is annotated", UserWarning)
+        like = "The field .* is annotated with type `tuple.* has type `<class 'list'>`"
+        warnings.filterwarnings("ignore", like, UserWarning)
         return tyro.cli(
             Config,
             default=config,
@@ -154,7 +155,7 @@ def resolve(path: Path, options: Sequence[str], original: Path | None = None) ->
 def check_types(part: Any, name: str = "") -> None:
     """ConfigError for a value in one of asyncrl's own dataclasses that is not of its declared type,
     or not a number. Options are checked by tyro; this is for what a launch file says."""
-    if isinstance(part, tuple):
+    if isinstance(part, tuple | list):
         for i, item in enumerate(part):
             check_types(item, f"{name}[{i}]")
     if not dataclasses.is_dataclass(part) or not type(part).__module__.startswith("asyncrl."):

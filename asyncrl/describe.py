@@ -30,10 +30,14 @@ def describe(value: Any) -> Any:
         plain = describe(value.tolist())
         if len(text := json.dumps(plain)) <= LONGEST:
             return plain
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        return f"<{value.dtype} {tuple(value.shape)}, SHA-256 of its values {digest}>"
+        kind = getattr(value, "dtype", type(value).__name__)
+        return f"<{kind} {tuple(getattr(value, 'shape', ()))}, SHA-256 of its values {_sha(text)}>"
     name = getattr(value, "__qualname__", None) or type(value).__qualname__  # never an address
     return f"<{getattr(value, '__module__', '?')}.{name}>"
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def unset_fields(value: Any, path: str = "") -> list[str]:
@@ -63,4 +67,6 @@ def differences(old: Any, new: Any, path: str = "", unset: Collection[str] = ())
             if key in old or inner not in unset:
                 lines += differences(old.get(key), new.get(key), inner, unset)
         return lines
+    if isinstance(old, list) and isinstance(new, str) and _sha(json.dumps(old)) in new:
+        return []  # told in full when that run began
     return [] if old == new else [f"{path}: {old!r} -> {new!r}"]

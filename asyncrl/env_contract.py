@@ -47,8 +47,9 @@ def check_vector_env(env: Any, config: EnvConfig, num_envs: int) -> None:
 def check_observation_space(space: spaces.Space, config: EnvConfig, name: str = "obs") -> None:
     """ValueError for a space that unrolls cannot hold."""
     if isinstance(space, spaces.Dict | spaces.Tuple):
-        parts = space.spaces if isinstance(space, spaces.Dict) else dict(enumerate(space))
-        wrong = [key for key in parts if isinstance(space, spaces.Dict) and type(key) is not str]
+        named = isinstance(space, spaces.Dict)
+        parts = space.spaces if named else dict(enumerate(space))
+        wrong = [key for key in parts if named and not isinstance(key, str)]
         if wrong or not parts:
             got = f"the key {wrong[0]!r}" if wrong else f"{space}"
             raise ValueError(f"{config.id}: {name}: expected parts, named by strings, got {got}")

@@ -72,7 +72,7 @@ def main(folder: Path, options) -> int:
                 lambda step, action: any([watch(step, action) for watch in watchers]), games,
             )  # fmt: skip
             envs.close()
-        except Exception:  # of the environment or the model; the games before it are told
+        except (Exception, SystemExit):  # of the user's; the games before it are told
             traceback.print_exc()
             failed = True
     how = {"seed": seed, "envs": num_envs}
@@ -87,7 +87,8 @@ def main(folder: Path, options) -> int:
         short = "; short ones end first, so this is not what all would come to" if games else ""
         print(f"stopped: {len(games)} of {num_games} games had ended{short}")
         return 1 if failed else 130 if interrupt.seen else 0
-    return _film(recorder, num_games // num_envs, folder, weights) if recorder else int(failed)
+    filmed = _film(recorder, num_games // num_envs, folder, weights) if recorder else 0
+    return filmed or int(failed)
 
 
 def _film(recorder: video.Recorder, per_env: int, folder: Path, weights: Weights) -> int:

@@ -7,7 +7,9 @@ import atexit
 import contextlib
 import functools
 import os
+import select
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -35,11 +37,30 @@ def name_of(thing: Any) -> str:
     return f"{name}{where}" if name else repr(thing)
 
 
-def leave(status: int) -> NoReturn:
-    """End this process, as sys.exit does, but without waiting for threads that a launch file or an
-    environment has left running."""
+def nobody_reads() -> bool:
+    """Whether what is printed goes nowhere any more, as by `--help | head`; then for good."""
+    reader = select.poll()
+    reader.register(sys.stdout.fileno(), 0)
+    if not reader.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
+def leave(status: Any) -> NoReturn:
+    """As sys.exit(status), but without waiting for threads that a launch file or an environment has
+    left running. Where there are any, what they would have done and written is lost."""
+    if all(thread.daemon or thread is threading.main_thread() for thread in threading.enumerate()):
+        sys.exit(status)
+    if not isinstance(status, int | None):
+        print(status, file=sys.stderr)
+        status = 1
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads it any more
-            stream.flush()
-    os._exit(status)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        status = status or 1
+        print(f"not all could be printed: {error}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+    os._exit(status or 0)

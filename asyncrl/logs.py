@@ -189,15 +189,19 @@ def parse_row(line: str) -> dict:
         return {
             name: value
             for name, value in json.loads(line).items()
-            if (isinstance(value, str) and name in WORDS)
-            or (isinstance(value, (int, float)) and math.isfinite(value))
+            if (
+                isinstance(value, str)
+                if name in WORDS
+                else isinstance(value, (int, float)) and math.isfinite(value)
+            )
         }
     return {}
 
 
 def read_metrics(run_folder) -> dict[str, np.ndarray]:
     """Columns of metrics.jsonl by name, each (rows,): float64, NaN where a row has no number, or
-    object (WORDS) with None. Torn and unreadable lines are passed over; {} without any row."""
+    object (WORDS) with None. Torn and unreadable lines are passed over, names that nothing is under
+    too; {} without any row."""
     lines = _complete_lines(Path(run_folder) / "metrics.jsonl")
     rows = list(filter(None, map(parse_row, lines)))
     columns = {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import select
 import signal
 import sys
 import traceback
@@ -17,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from asyncrl.foreign import nobody_reads
 from asyncrl.transport.ring import Ring
 from asyncrl.transport.weights import WeightsBuffer
 from asyncrl.types import Spec, fields_to_json
@@ -201,7 +201,7 @@ def in_words(launch_file: Path, work: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         return 130
     except (Exception, SystemExit) as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
+        if isinstance(error, BrokenPipeError) and nobody_reads():
             return EXIT_FAILED
         frames = traceback.extract_tb(error.__traceback__)
         wrong = type(error).__name__
@@ -216,16 +216,6 @@ def in_words(launch_file: Path, work: Callable[[], object]) -> int:
         print(f"asyncrl: {launch_file}{where} cannot be used: {wrong}: {error}", file=sys.stderr)
         return EXIT_REFUSED
     return 0
-
-
-def _nobody_reads() -> bool:
-    """Whether what is printed goes nowhere any more, as by `--help | head`; then for good."""
-    reader = select.poll()
-    reader.register(sys.stdout.fileno(), 0)
-    if not reader.poll(0):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return True
 
 
 def prepare_main(launch_file: Path, original: Path, fd: int, options: list[str]) -> int:

@@ -333,7 +333,10 @@ def child_main(arguments: list[str]) -> int:
     faulthandler.enable()
     if role == "prepare":
         die_with_parent(os.getppid())
-        status = prepare_main(Path(rest[0]), Path(rest[1]), int(rest[2]), rest[3:])
+        try:
+            status = prepare_main(Path(rest[0]), Path(rest[1]), int(rest[2]), rest[3:])
+        except SystemExit as refused:  # options; or --help
+            status = refused.code or 0
         sys.stdout.flush()
         os._exit(status)  # at once: the parent is about to say that it still waits
     folder, parent, generation, fds = rest

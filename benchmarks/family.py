@@ -25,7 +25,8 @@ NO_EPSILON = "--policy.epsilon.start 0 --policy.epsilon.end 0"
 MEMBERS = {  # beside the launch file's own: double, dueling and three steps
     "dqn": PLAIN,
     "double": PLAIN.replace("double False", "double True"),
-    "dueling": PLAIN.replace("dueling False", "dueling True"),
+    # Values run away without double Q-learning or longer returns where the horizon is longer.
+    "dueling": PLAIN.replace("dueling False", "dueling True") + " --algorithm.gamma 0.98",
     "double_dueling": "--algorithm.n-step 1",  # as in the paper of dueling nets
     "n_step": PLAIN.replace("n-step 1", "n-step 3"),
     "all_three": "",

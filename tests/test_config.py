@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,6 +164,9 @@ def test_lists_are_as_good_as_tuples(tmp_path, recwarn):
     assert config.model.hidden == [8, 4] and config.policy.names == ("a", "b")
     config = resolve(tmp_path / "launch.py", ["--model.hidden", "3", "5"])
     assert config.model.hidden == (3, 5) and not recwarn.list
+    (tmp_path / "launch.py").write_text(text.replace('"b", R', "0, R"))
+    with pytest.raises(ConfigError, match=r"expected policy.parts\[1\].name to be str, got 0"):
+        resolve(tmp_path / "launch.py", [])
 
 
 def test_of_a_large_array_config_json_has_a_digest():
@@ -172,3 +176,6 @@ def test_of_a_large_array_config_json_has_a_digest():
     told = describe(one)
     assert told.startswith("<float32 (84, 84), SHA-256 of its values ") and len(told) < 200
     assert describe(other) != told == describe(one.copy())
+    assert not differences({"level": one.tolist()}, {"level": told})  # as it was told before
+    assert differences({"level": other.tolist()}, {"level": told})
+    assert "SHA-256" in describe(array("d", [1.0] * 1_000))

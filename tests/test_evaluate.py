@@ -56,7 +56,7 @@ class Walk(gym.Env):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
 
-    def __init__(self, render_mode=None, interrupts=False, wrong_frames=False, breaks=False):
+    def __init__(self, render_mode=None, interrupts=False, wrong_frames=False, breaks=None):
         self.observation_space = spaces.Box(-99, 99, (1,), np.float32)
         self.action_space = spaces.Discrete(2)
         self.render_mode, self.interrupts, self.wrong_frames = render_mode, interrupts, wrong_frames
@@ -73,7 +73,7 @@ class Walk(gym.Env):
         if self.interrupts and self.count == 5 and self.np_random.integers(8) == 0:
             os.kill(os.getpid(), signal.SIGINT)
         if self.breaks and self.count == 5 and self.np_random.integers(8) == 0:
-            raise ValueError("the walk ends here")
+            raise self.breaks("the walk ends here")
         obs = np.array([self.position], np.float32)
         return obs, float(self.position), self.count == 10, False, {}
 
@@ -572,10 +572,11 @@ def test_eval_interrupted_tells_what_was_played(run, capfd, monkeypatch):
     assert not (run / "videos").exists()
 
 
-def test_eval_of_an_environment_that_fails_tells_what_was_played(run, capfd):
-    (run / "launch.py").write_text(LAUNCH_FILE.replace('v0"', 'v0", kwargs={"breaks": True}'))
+@pytest.mark.parametrize("kind", ["ValueError", "SystemExit"])
+def test_eval_of_an_environment_that_fails_tells_what_was_played(run, capfd, kind):
+    (run / "launch.py").write_text(LAUNCH_FILE.replace('v0"', f'v0", kwargs={{"breaks": {kind}}}'))
     status, output, errors = evaluate(capfd, "--episodes", "400", "--envs", "2", "--video")
-    assert status == 1 and "ValueError: the walk ends here" in errors
+    assert status == 1 and f"{kind}: the walk ends here" in errors
     assert "mean return " in output and "of 400 games had ended" in output
     assert not json.loads((run / "evaluations.jsonl").read_text())["complete"]
     assert not (run / "videos").exists()

@@ -262,6 +262,9 @@ def test_a_thread_of_the_launch_file_keeps_nothing_from_ending(start, tmp_path):
     launch_file = tmp_path / "threads.py"
     thread = "import threading\nthreading.Thread(target=threading.Event().wait).start()\n"
     launch_file.write_text(EXACT.read_text() + thread)
+    run = start("run", launch_file, "--no-such-option", 1)
+    status, output = run.finish(60)
+    assert status == 2 and "no-such-option" in output
     run = start("run", launch_file, "--total-env-steps", 1_000)
     assert run.finish()[0] == 0
     command = [sys.executable, "-m", "asyncrl.cli", "eval", str(run.folder), "--episodes", "2"]
