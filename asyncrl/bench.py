@@ -22,13 +22,16 @@ from asyncrl.costs import (
     forecast,
     reshaped,
     small_replay,
+    threads_of_learner,
     time_actor,
     time_learner,
     wire,
 )
-from asyncrl.limits import usable_cores
+from asyncrl.foreign import leave
+from asyncrl.limits import processor_share, usable_cores
 from asyncrl.metrics import counted, percent
 from asyncrl.plan import in_words, prepare
+from asyncrl.threads import halves
 
 TRIAL_SECONDS = 50.0  # for other ways to share out the environments
 
@@ -46,12 +49,16 @@ class Shape:
         threads = counted(self.num_threads, "thread")
         return f"{counted(self.num_actors, 'actor')} with {groups}, {threads} for learning"
 
-    @property
-    def options(self) -> str:
-        return (
-            f"--actor.num-actors {self.num_actors} --actor.lanes-per-actor {self.lanes_per_actor} "
-            f"--actor.envs-per-lane {self.envs_per_lane} --learner.num-threads {self.num_threads}"
-        )
+    def options(self, own: Shape) -> str:
+        """What to add to the command where it is not as in `own`; a number of threads that is not
+        asked for is tried anew as a run goes on."""
+        pairs = {
+            "actor.num-actors": (self.num_actors, own.num_actors),
+            "actor.lanes-per-actor": (self.lanes_per_actor, own.lanes_per_actor),
+            "actor.envs-per-lane": (self.envs_per_lane, own.envs_per_lane),
+            "learner.num-threads": (self.num_threads, own.num_threads),
+        }
+        return " ".join(f"--{name} {new}" for name, (new, old) in pairs.items() if new != old)
 
 
 def choose(forecasts: dict[Shape, Forecast], as_it_is: Shape) -> Shape:
@@ -87,16 +94,17 @@ def bench(launch_file: Path, options: list[str]) -> None:
 
     from asyncrl.config import resolve
 
+    load = os.getloadavg()[0]
     plan = prepare(launch_file, options, launch_file)  # refuses what cannot work
     config, cores = small_replay(resolve(launch_file, options)), usable_cores()
     own = dataclasses.replace(config.actor, num_actors=plan.num_actors)
     config = dataclasses.replace(config, actor=own)
-    device, overlap = config.learner.resolved_device(), config.schedule == "async"
+    device = config.learner.resolved_device()
     torch.set_flush_denormal(True)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"{launch_file.name} on {cores} cores, {gpu}\n", flush=True)
-    if (load := os.getloadavg()[0]) > 0.5:
-        print(f"note: others keep {load:.1f} cores busy; what follows is too slow by that\n")
+    if load + cores > os.cpu_count() + 0.5:
+        print(f"note: {load:.1f} cores were busy before; what follows may be too slow by that\n")
 
     print(f"{'one actor alone':<40}{'env steps/s':>12}{'cores busy':>12}")
     acting: dict[tuple[int, int], Cost] = {}
@@ -118,14 +126,15 @@ def bench(launch_file: Path, options: list[str]) -> None:
         print(f"  {len(left_out)} more are left out, for time")
     print(f"{'learner alone':<40}{'env steps/s':>12}{'cores busy':>12}")
     learning: dict[int, Cost] = {}
-    own_threads = config.learner.resolved_threads(wire(config)[1])
-    for threads in sorted({1, own_threads, cores if device.type == "cpu" else 1}):
+    own_threads = threads_of_learner(config, wire(config)[1])
+    others = set() if config.schedule == "serial" or device.type != "cpu" else set(halves(cores))
+    for threads in sorted({1, own_threads, *others}):
         learning[threads] = time_learner(config, unrolls, threads)
         _line(f"{counted(threads, 'thread')}, on {device}", learning[threads])
 
     forecasts = {
         Shape(actors, lanes, envs, threads): forecast(
-            actors, acting[lanes, envs], learning[threads], cores, overlap
+            actors, acting[lanes, envs], learning[threads], processor_share(), config.schedule
         )
         for actors, lanes, envs in divisions(config, cores)
         if (lanes, envs) in acting
@@ -138,7 +147,7 @@ def bench(launch_file: Path, options: list[str]) -> None:
         rate, bottleneck = forecasts[shape]
         print(f"{what:<10}about {rate:,.0f} env steps/s: {shape}; what limits it: {bottleneck}")
     if best != as_it_is:
-        print(f"{'options':<10}{best.options}")
+        print(f"{'options':<10}{best.options(as_it_is)}")
 
 
 def _line(what: str, cost: Cost) -> None:
@@ -156,4 +165,4 @@ def main(launch_file: Path, options: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
+    leave(main(Path(sys.argv[1]), sys.argv[2:]))

@@ -7,12 +7,15 @@ actors and threads the slowest decides, or all processors are busy. `asyncrl ben
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from asyncrl.limits import usable_cores
+import psutil
+
+from asyncrl.limits import processor_share, usable_cores
 
 PLAY_SECONDS, LEARN_SECONDS = 3.0, 4.0  # of each measurement
 WORTH_IT = 1.03  # times the rate, before another process or thread is asked for
@@ -34,15 +37,16 @@ class Forecast(NamedTuple):
 
 
 def forecast(
-    num_actors: int, acting: Cost, learning: Cost, cores: float, overlap: bool = True
+    num_actors: int, acting: Cost, learning: Cost, cores: float, schedule: str = "async"
 ) -> Forecast:
     """What so many actors and a learner come to together, `acting` being that of one actor.
 
     Overlapped, the slowest of them decides, or the processors that all of them share; in turns
-    their times add up.
+    their times add up, in one process those of the actors too.
     """
-    together = max(acting.wall / num_actors, acting.cpu / cores)
-    if not overlap:
+    if schedule != "async":
+        together = max(acting.wall / num_actors, acting.cpu / cores)
+        together = acting.wall if schedule == "serial" else together
         return Forecast(1 / (together + learning.wall), "turns: acting and learning add up")
     seconds = {
         "the actors": acting.wall / num_actors,
@@ -55,14 +59,20 @@ def forecast(
 
 def best_num_actors(config) -> int:
     """What `--actor.num-actors auto` stands for: as few as keep up, lanes being as configured."""
-    cores = usable_cores()
     lanes, envs = config.actor.lanes_per_actor, config.actor.envs_per_lane
     one = small_replay(reshaped(config, 1, lanes, envs))
     acting, unrolls = time_actor(one)
-    learning = time_learner(one, unrolls, config.learner.resolved_threads(wire(one)[1]))
-    overlap = config.schedule == "async"
-    rates = [forecast(n, acting, learning, cores, overlap).rate for n in range(1, cores + 1)]
+    learning = time_learner(one, unrolls, threads_of_learner(config, wire(one)[1]))
+    together = acting, learning, processor_share(), config.schedule
+    rates = [forecast(n, *together).rate for n in range(1, usable_cores() + 1)]
     return next(n for n, rate in enumerate(rates, 1) if rate * WORTH_IT >= max(rates))
+
+
+def threads_of_learner(config, model) -> int:
+    """How many a run begins with; in turns one, unless it is told otherwise."""
+    if config.schedule == "async":
+        return config.learner.resolved_threads(model)
+    return 1 if config.schedule == "serial" else config.learner.num_threads or 1
 
 
 def reshaped(config, num_actors: int, lanes: int, envs: int):
@@ -93,6 +103,35 @@ def small_replay(config):
 
 
 # -- measuring -----------------------------------------------------------------------------------
+
+
+class Clock(NamedTuple):
+    """Seconds by the clock, and of processors."""
+
+    wall: float
+    cpu: float
+
+    def since(self, other: Clock) -> Clock:
+        return Clock(self.wall - other.wall, self.cpu - other.cpu)
+
+    def plus(self, other: Clock) -> Clock:
+        return Clock(self.wall + other.wall, self.cpu + other.cpu)
+
+    def over(self, number: float) -> Clock:
+        return Clock(self.wall / number, self.cpu / number)
+
+
+def clock() -> Clock:
+    return Clock(time.perf_counter(), time.process_time())
+
+
+def cpu_of_children() -> float:
+    """Processor seconds of all processes that this one has started, of environments perhaps."""
+    seconds = 0.0
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            seconds += sum(child.cpu_times()[:2])
+    return seconds
 
 
 def time_actor(config) -> tuple[Cost, list[bytearray]]:
@@ -142,11 +181,12 @@ def time_actor(config) -> tuple[Cost, list[bytearray]]:
     }  # fmt: skip
     play()  # makes the environments
     before = {name: int(rings[0].read(word)) for name, word in words.items()}
-    begun, cpu, count = time.perf_counter(), time.process_time(), 0
-    while count < 2 or time.perf_counter() - begun < PLAY_SECONDS:
+    others, begun, count = cpu_of_children(), clock(), 0
+    while count < 2 or clock().wall - begun.wall < PLAY_SECONDS:
         play()
         count += 1
-    wall, cpu = time.perf_counter() - begun, time.process_time() - cpu
+    wall, cpu = clock().since(begun)
+    cpu += cpu_of_children() - others
     env_steps = count * len(rings) * spec.unroll_length * spec.num_envs
     parts = {name: (int(rings[0].read(word)) - before[name]) / 1e9 / wall
              for name, word in words.items()}  # fmt: skip
@@ -162,7 +202,7 @@ def time_learner(config, unrolls: list[bytearray], num_threads: int) -> Cost:
     num_lanes = config.actor.num_lanes
     store = algorithm.store(spec, num_lanes, config.seed)
     algorithm.teams.use(num_threads)
-    rounds, spent = 0, [0.0, 0.0]
+    rounds = 0
 
     def insert_round() -> None:
         """An unroll of every lane, with numbers that join on."""
@@ -173,30 +213,34 @@ def time_learner(config, unrolls: list[bytearray], num_threads: int) -> Cost:
             store.insert(lane, unroll)
         rounds += 1
 
-    def clock() -> tuple[float, float]:
-        return time.perf_counter(), time.process_time()
+    def learn(seconds: float) -> tuple[Clock, Clock]:
+        """Time of a round of inserts and time of an update, which take turns."""
+        begun, before, count, taking = clock(), rounds, 0, Clock(0.0, 0.0)
+        while count < 2 or clock().wall - begun.wall < seconds:
+            at = clock()
+            while not store.updates_allowed() or rounds == before:
+                insert_round()
+            taking = taking.plus(clock().since(at))
+            algorithm.update(store)
+            count += 1
+        _synchronise(config)
+        updating = clock().since(begun).since(taking)
+        return taking.over(rounds - before), updating.over(count)
 
     while rounds < 4:
         insert_round()
     if hasattr(store.limiter, "starts_at"):  # what a replay waits for before it learns
         store.limiter.starts_at = float(store.limiter.inserted)
-    begun, allowed, inserted = clock(), store.updates_allowed(), store.limiter.inserted
-    while store.updates_allowed() < allowed + 2:
-        insert_round()
-    spent = [after - before for before, after in zip(begun, clock(), strict=True)]
-    inserted = store.limiter.inserted - inserted
-    per_update = inserted / (store.updates_allowed() - allowed)
-    algorithm.update(store)
-    begun, count = clock(), 0
-    while not count or (store.updates_allowed() and clock()[0] - begun[0] < LEARN_SECONDS):
-        algorithm.update(store)
-        count += 1
-    _synchronise(config)
-    updating = [after - before for before, after in zip(begun, clock(), strict=True)]
-    taking, update = spent[0] / inserted, updating[0] / count / per_update
-    cpu = spent[1] / inserted + updating[1] / count / per_update
-    wall = taking + update
-    return Cost(wall, cpu, {"sync": taking / wall, "update": update / wall})
+    learn(0.2 * LEARN_SECONDS)  # what is touched, chosen and compiled at a first time
+    taking, updating = learn(LEARN_SECONDS)
+    per_round = store.limiter.inserted / rounds  # env steps
+    if hasattr(store, "num_unrolls"):
+        per_update = store.num_unrolls * per_round / num_lanes
+    else:
+        per_update = store.limiter.batch_size / store.limiter.samples_per_insert
+    taking, updating = taking.over(per_round), updating.over(per_update)
+    wall, cpu = taking.plus(updating)
+    return Cost(wall, cpu, {"sync": taking.wall / wall, "update": updating.wall / wall})
 
 
 def _synchronise(config) -> None:

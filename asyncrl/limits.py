@@ -47,11 +47,15 @@ def container_cores(root: Path = CGROUPS, own: str | None = None) -> float | Non
     return min(quotas, default=None)
 
 
+def processor_share() -> float:
+    """Processors' worth of computing that is ours: a container's quota may be 1.5."""
+    cores, quota = len(os.sched_getaffinity(0)), container_cores()
+    return cores if quota is None else min(cores, quota)
+
+
 def usable_cores() -> int:
     """Processors that threads can keep busy: more of them would only be throttled."""
-    cores = len(os.sched_getaffinity(0))
-    quota = container_cores()
-    return cores if quota is None else max(1, min(cores, int(quota)))
+    return max(1, int(processor_share()))
 
 
 def make_room_for_descriptors(needed: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +26,6 @@ class FullReplay:
 
     def __init__(self, folder: Path, launch: str, save_replay: bool, options: Sequence[str] = ()):
         config = resolve(REPOSITORY / launch, list(options))
-        torch.set_num_threads(config.learner.num_threads or os.cpu_count() or 1)
         torch.set_flush_denormal(True)
         spec, model = wire(config)
         self.lanes, slots = config.actor.num_lanes, config.actor.slots_per_lane
@@ -50,6 +48,7 @@ class FullReplay:
             config.seed,
             config.total_env_steps,
         )
+        self.learner.algorithm.teams.use(config.learner.resolved_threads(model))
         self.env_steps = spec.unroll_length * spec.num_envs  # of an unroll
         self.sequence, self.unrolls = 0, []
         rng = np.random.default_rng(0)

@@ -21,8 +21,8 @@ from measure import like_a_run
 
 from asyncrl.config import resolve
 from asyncrl.costs import Cost, forecast, small_replay, time_actor, time_learner, wire
-from asyncrl.limits import usable_cores
-from asyncrl.models.precision import computes_in_bfloat16
+from asyncrl.limits import processor_share, usable_cores
+from asyncrl.models.precision import computes_in_bfloat16, device_called
 from asyncrl.types import tree_map
 
 SECONDS = 3.0  # of each measurement
@@ -45,7 +45,8 @@ def time_envs(config) -> Cost:
     B, env = config.actor.envs_per_lane, config.env
     how, kwargs = "sync", env.kwargs | env.atari
     if env.is_ale:
-        how, kwargs = "vector_entry_point", kwargs | {"num_threads": env.num_threads}
+        threads = env.num_threads or min(B, usable_cores())
+        how, kwargs = "vector_entry_point", kwargs | {"num_threads": threads}
     envs = gym.make_vec(env.id, B, how, **kwargs)
     envs.reset(seed=config.seed)
     action = np.random.default_rng(0).integers(envs.single_action_space.n, size=(1000, B))
@@ -58,9 +59,10 @@ def time_envs(config) -> Cost:
 def time_inference(config, unroll: bytearray) -> Cost:
     """The net on what one group of environments shows."""
     spec, model = wire(config)
-    device, B = torch.device(config.actor.device), config.actor.envs_per_lane
+    device, B = device_called(config.actor.device), config.actor.envs_per_lane
     model.to(device)
-    views, state = spec.layout.views(unroll), model.initial_state(B)
+    views = spec.layout.views(unroll)
+    state = tree_map(lambda part: part.to(device), model.initial_state(B))
     obs = tree_map(lambda part: torch.from_numpy(part[:1].copy()).to(device), views.obs)
     first = torch.zeros((1, B), dtype=torch.bool, device=device)
     bfloat16 = computes_in_bfloat16(config.actor.precision, device, model)
@@ -80,7 +82,7 @@ def main() -> None:
     found = []
     for threads in sorted({1, cores}):
         learning = time_learner(config, unrolls, threads)
-        found.append((forecast(cores, acting, learning, cores), learning))
+        found.append((forecast(cores, acting, learning, processor_share()), learning))
     (rate, bottleneck), learning = max(found, key=lambda pair: pair[0].rate)
     parts = {"stepping": stepping, "the net": inference, "learning": learning}
     times = ", ".join(f"{name} {1e3 * cost.cpu:.3g}" for name, cost in parts.items())

@@ -45,7 +45,7 @@ def main() -> None:
     gym.register_envs(ale_py)
     config = resolve(REPOSITORY / "launch" / "breakout_dqn.py", [])
     B = config.actor.lanes_per_actor * config.actor.envs_per_lane
-    settings = config.env.atari | {"stack_num": STACK, "num_threads": config.env.num_threads}
+    settings = config.env.atari | {"stack_num": STACK, "num_threads": min(B, usable_cores())}
     envs = gym.make_vec(config.env.id, B, "vector_entry_point", **settings)
     num_actions, rng = int(envs.single_action_space.n), np.random.default_rng(seed)
     net = nature(num_actions).to(device, memory_format=torch.channels_last)

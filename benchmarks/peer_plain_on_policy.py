@@ -59,9 +59,9 @@ class Net(nn.Module):
         )  # fmt: skip
         self.policy, self.value = nn.Linear(512, num_actions), nn.Linear(512, 1)
 
-    def forward(self, image: torch.Tensor) -> tuple[Categorical, torch.Tensor]:
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         features = self.torso(image)
-        return Categorical(logits=self.policy(features).float()), self.value(features).float()[:, 0]
+        return self.policy(features).float(), self.value(features).float()[:, 0]
 
 
 class SmallNet(nn.Module):
@@ -76,8 +76,8 @@ class SmallNet(nn.Module):
 
         self.policy, self.value = layers(num_actions), layers(1)
 
-    def forward(self, obs: torch.Tensor) -> tuple[Categorical, torch.Tensor]:
-        return Categorical(logits=self.policy(obs).float()), self.value(obs).float()[:, 0]
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.policy(obs).float(), self.value(obs).float()[:, 0]
 
 
 def main() -> None:
@@ -112,7 +112,8 @@ def main() -> None:
         channels_last = torch.stack(frames.unbind(1), -1).movedim(-1, 1)
         return channels_last.to(device, dtype).mul_(1 / 255)
 
-    def evaluate(frames: torch.Tensor) -> tuple[Categorical, torch.Tensor]:
+    def evaluate(frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and values, on the device."""
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             return net(image(frames) if pixels else frames.to(device))
 
@@ -125,7 +126,8 @@ def main() -> None:
         for t in range(T):
             obs[t] = torch.from_numpy(frames)
             with torch.no_grad():
-                policy, value[t] = evaluate(obs[t])
+                logits, value[t] = evaluate(obs[t])
+            policy = Categorical(logits=logits.cpu())
             action[t] = policy.sample()
             log_prob[t] = policy.log_prob(action[t])
             frames, rewards, terminated, truncated, _ = envs.step(action[t].numpy())
@@ -133,7 +135,7 @@ def main() -> None:
             ended[t] = torch.from_numpy(terminated | truncated)
         env_steps += T * B
         with torch.no_grad():
-            following = evaluate(torch.from_numpy(frames))[1]
+            following = evaluate(torch.from_numpy(frames))[1].cpu()
         advantage, trace = torch.zeros((T, B)), torch.zeros(B)
         for t in reversed(range(T)):
             delta = reward[t] + shape.gamma * (1 - ended[t]) * following - value[t]
@@ -142,8 +144,10 @@ def main() -> None:
         columns = [x.flatten(0, 1) for x in (obs, action, log_prob, advantage, advantage + value)]
         for _ in range(shape.epochs):
             for index in torch.randperm(T * B).chunk(shape.minibatches):
-                frames_, action_, old, advantage_, target = (x[index] for x in columns)
-                policy, values = evaluate(frames_)
+                batch = (column[index].to(device) for column in columns)
+                frames_, action_, old, advantage_, target = batch
+                logits, values = evaluate(frames_)
+                policy = Categorical(logits=logits)
                 current = policy.log_prob(action_)
                 if shape.clip:
                     advantage_ = (advantage_ - advantage_.mean()) / (advantage_.std() + 1e-8)

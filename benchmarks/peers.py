@@ -99,8 +99,10 @@ def start(
     name: str, task: str, runs: Path, seed: int, pythons: dict[str, Path], rest: list[str]
 ) -> Program:
     """One of the systems, in a folder for its files."""
-    if name == "asyncrl":
+    if name.startswith("asyncrl"):
         options = [*words(task, rest), "--seed", seed]
+        if name == "asyncrl-float32":
+            options += ["--actor.precision", "float32", "--algorithm.precision", "float32"]
         return train(f"launch/{TASKS[task].launch}.py", name, runs, *options)
     peer, *variant = name.split("-")
     script = TASKS[task].plain if name == "plain" else f"peer_{peer}"

@@ -3,8 +3,8 @@
     python benchmarks/replay.py
 
 Replays of 1,000,000 frames of launch/breakout_dqn.py (noise, 84 x 84) are filled by `insert` and
-drawn from: batches of 32 with both stacks of four. Uniform and prioritised replays share nothing
-but the machine; their batches alternate. The sum tree alone stands beside a binary one in numpy.
+drawn from: batches of 32 with both stacks of four. Uniform and prioritised draws alternate, on
+one replay. The sum tree alone stands beside a binary one in numpy.
 Whole updates with an LSTM, with and without writing the target net's states back, alternate too;
 reading a batch's states, which is in both, is timed by itself.
 """
@@ -191,6 +191,7 @@ def states(report: Report, repeats: int, count: int) -> None:
     for name, options in RECURRENT.items():
         with tempfile.TemporaryDirectory() as folder:
             launch = f"launch/{name.split(',')[0]}.py"
+            options = [*options, "--learner.device", "cpu"]  # where CPU time says it all
             learner = FullReplay(Path(folder), launch, False, options)
             learner.fill()
             rows.append(_states(name, learner.learner, repeats, count))
@@ -201,9 +202,8 @@ def states(report: Report, repeats: int, count: int) -> None:
 
 def _states(name: str, learner: Learner, repeats: int, count: int) -> dict:
     """One row of the table."""
-    torch.set_num_threads(1)
     algorithm, store = learner.algorithm, learner.store
-    algorithm.teams.most = 1  # what other threads take would not be counted
+    algorithm.teams.use(1)  # what other threads take would not be counted
     lane, number, env = store.sample_sequences().index
 
     def read() -> None:

@@ -30,9 +30,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from math import inf
 from multiprocessing import get_context
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import psutil
@@ -42,9 +42,10 @@ from throughput import SETTLE_SECONDS, START_SECONDS, Tree, whole_rounds
 
 from asyncrl.config import resolve
 from asyncrl.costs import wire
+from asyncrl.limits import container_memory, usable_cores
 from asyncrl.plots import BLUE, GREEN, ORANGE, STYLE
 
-CORES = len(os.sched_getaffinity(0))
+CORES = usable_cores()
 PPO, DQN = "launch/breakout_ppo.py", "launch/breakout_dqn.py"
 ROUNDS = 3  # at least, of a measurement
 SLOWEST = 10  # env steps/s; what is slower is given up
@@ -116,14 +117,11 @@ def measure_alone(launch: str, words: list[str], seconds: float) -> dict[str, fl
     config = resolve(REPOSITORY / launch, words)
     spec, model = wire(config)
     needed = config.algorithm.store_nbytes(model, spec, config.actor.num_lanes)
-    there = psutil.virtual_memory().available
+    there = min(psutil.virtual_memory().available, container_memory() or inf)
     if needed > 0.9 * there:
         raise RuntimeError(f"the replay takes {needed / 1e9:.1f} GB, of {there / 1e9:.1f} GB free")
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        mock.patch("full_replay.resolve", lambda path, _: resolve(path, words)),
-    ):
-        full = FullReplay(Path(folder), launch, save_replay=False)
+    with tempfile.TemporaryDirectory() as folder:
+        full = FullReplay(Path(folder), launch, save_replay=False, options=words)
         full.fill()
         algorithm, store = full.learner.algorithm, full.learner.store
         limiter = store.limiter

@@ -26,6 +26,8 @@ for each time. The best peer is the one with the best median; the plain loop doe
 Each peer gets a virtual environment of its own, made at the first use (torch and ALE of the same
 version as here).
 
+`asyncrl-float32` computes as the peers do, without bfloat16.
+
 `waiting` says what a process costs that has nothing to do: at the end the learner is stopped
 (SIGSTOP) and the CPU time of the actors counted, and the other way round.
 """
@@ -204,7 +206,7 @@ def main() -> None:
     options, rest = parser.parse_known_args()  # the rest are options of asyncrl
     task = TASKS[options.task]
     chosen = options.systems or ["asyncrl", *task.peers, "plain", "ideal"]
-    known = ["asyncrl", *task.peers, "plain", "ideal"]
+    known = ["asyncrl", "asyncrl-float32", *task.peers, "plain", "ideal"]
     if unknown := [name for name in chosen if name not in known]:
         parser.error(f"--systems: expected some of {', '.join(known)}, got {', '.join(unknown)}")
     peers = dict.fromkeys(peer_of(name) for name in chosen if name in task.peers)
@@ -213,23 +215,32 @@ def main() -> None:
     pythons = {peer: python for peer, (python, _) in made.items()}
     report = Report("throughput", options)
     results: dict[str, list[dict]] = {name: [] for name in chosen}
-    limits = []
+    limits, failed = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(options.repeats):
             turn = repeat % len(chosen)
             for name in chosen[turn:] + chosen[:turn]:
+                if name in failed:
+                    continue
                 runs = Path(folder) / f"{name}_{repeat}"
                 runs.mkdir()
-                if name == "ideal":
-                    result, limit = ideal(options.task, runs, rest)
-                    limits.append(limit)
-                else:
-                    program = start(name, options.task, runs, repeat + 1, pythons, rest)
-                    result = measure(name, program, options.seconds, task.batch)
+                try:
+                    if name == "ideal":
+                        result, limit = ideal(options.task, runs, rest)
+                        limits.append(limit)
+                    else:
+                        program = start(name, options.task, runs, repeat + 1, pythons, rest)
+                        result = measure(name, program, options.seconds, task.batch)
+                except RuntimeError as error:  # the others go on without it
+                    if name == "asyncrl":
+                        raise
+                    failed[name] = f"{name} is left out: {error}"
+                    print(failed[name], file=sys.stderr)
+                    continue
                 results[name].append(result)
                 print(f"{repeat + 1} {name}: {result['env steps/s']:.1f}", file=sys.stderr)
     columns = {name: {key: [result[key] for result in found] for key in found[0]}
-               for name, found in results.items()}  # fmt: skip
+               for name, found in results.items() if name not in failed}  # fmt: skip
     best = add_ratios(columns)
     waiting = {key: columns["asyncrl"].pop(key) for key in list(columns.get("asyncrl", {}))
                if "waiting" in key}  # fmt: skip
@@ -237,6 +248,8 @@ def main() -> None:
     if best:
         versions = ", ".join(f"{PEERS[peer][0][0]} {its}" for peer, (_, its) in made.items())
         report.note(f"best peer: {best}; {versions}")
+    for words in failed.values():
+        report.note(words)
     if limits:
         report.note(f"the ideal: {limits[len(limits) // 2]}")
     for name, row in columns.items():

@@ -18,12 +18,13 @@ config = Config(
     EnvConfig("CartPole-v1"), ModelConfig(hidden=(16,)),
     actor=ActorConfig(envs_per_lane=4, unroll_length=8),
     algorithm=DQNConfig(batch_size=32, replay=ReplayConfig(learning_starts=64)),
-    total_env_steps=600, learner=LearnerConfig(tensorboard=False),
+    total_env_steps=600, learner=LearnerConfig(device="cpu", tensorboard=False),
     evaluation=EvaluationConfig(period_steps=0),
 )
 ppo = Config(
     EnvConfig("CartPole-v1"), ModelConfig(hidden=(16,)), algorithm=PPOConfig(epochs=2),
     actor=ActorConfig(envs_per_lane=4, unroll_length=8), total_env_steps=600,
+    learner=LearnerConfig(device="cpu"),
 )
 """
 
@@ -36,20 +37,22 @@ def launch_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "num_actors, acting, learning, cores, overlap, rate, limit",
+    "num_actors, acting, learning, cores, schedule, rate, limit",
     [
-        (1, Cost(2e-3, 2e-3), Cost(1e-3, 1e-3), 8, True, 500, "the actors"),
-        (4, Cost(2e-3, 2e-3), Cost(1e-3, 1e-3), 8, True, 1000, "the learner"),
-        (4, Cost(2e-3, 2e-3), Cost(1e-3, 1e-3), 2, True, 2 / 3e-3, "the processors"),
-        (1, Cost(1e-3, 2e-3), Cost(1e-3, 2e-3), 2, True, 500, "the processors"),
-        (2, Cost(2e-3, 2e-3), Cost(1e-3, 1e-3), 8, False, 500, "turns"),
-        (9, Cost(2e-3, 2e-3), Cost(1e-3, 1e-3), 2, False, 500, "turns"),
+        (1, Cost(2e-3, 2e-3), Cost(1e-3, 1e-3), 8, "async", 500, "the actors"),
+        (4, Cost(2e-3, 2e-3), Cost(1e-3, 1e-3), 8, "async", 1000, "the learner"),
+        (4, Cost(2e-3, 2e-3), Cost(1e-3, 1e-3), 2, "async", 2 / 3e-3, "the processors"),
+        (1, Cost(1e-3, 2e-3), Cost(1e-3, 2e-3), 2, "async", 500, "the processors"),
+        (2, Cost(2e-3, 2e-3), Cost(1e-3, 1e-3), 8, "lockstep", 500, "turns"),
+        (9, Cost(2e-3, 2e-3), Cost(1e-3, 1e-3), 2, "lockstep", 500, "turns"),
+        (4, Cost(2e-3, 2e-3), Cost(2e-3, 2e-3), 8, "serial", 250, "turns"),
+        (1, Cost(1e-3, 1e-3), Cost(1e-3, 1e-3), 1.5, "async", 750, "the processors"),
     ],
 )
 def test_the_slowest_decides_or_all_processors_are_busy(
-    num_actors, acting, learning, cores, overlap, rate, limit
+    num_actors, acting, learning, cores, schedule, rate, limit
 ):
-    found = forecast(num_actors, acting, learning, cores, overlap)
+    found = forecast(num_actors, acting, learning, cores, schedule)
     assert found.rate == pytest.approx(rate) and found.bottleneck.startswith(limit)
 
 
@@ -64,6 +67,8 @@ def test_more_processes_have_to_be_worth_it():
     assert best(100, 110, 112) == 1
     assert best(100, 110, 150) == 2
     assert best(100, 102, 101, now=2) == 2  # as it is, where that is as good
+    assert shapes[1].options(shapes[0]) == "--actor.num-actors 2 --actor.envs-per-lane 4"
+    assert shapes[2].options(shapes[1]).endswith("--learner.num-threads 2")
 
 
 def test_the_number_of_environments_stays_as_it_is(launch_file):
@@ -98,8 +103,8 @@ def test_for_real(quickly, launch_file, capsys, options):
     assert all(1 < float(words[0].replace(",", "")) < 1e6 for words in lines)
     assert lines[0][2::3] == ["env", "inference", "writing", "weights"]
     assert lines[-1][2::3] == ["sync", "update"]
-    for words in lines:  # shares of one time
-        assert 80 < sum(float(share) for share in words[3::3]) <= 101
+    for words in lines:  # shares of one time, of which others may take a part on a busy machine
+        assert 25 < sum(float(share) for share in words[3::3]) <= 101
 
 
 def test_what_takes_too_long_is_left_out_but_never_what_is_asked_for(
@@ -118,6 +123,40 @@ def test_trials_use_short_unrolls_unless_states_are_stored_in_them(launch_file):
     states = ["--algorithm.sequence-length", "2", "--algorithm.num-states", "4"]
     config = resolve(launch_file, ["--actor.unroll-length", "128", *states])
     assert costs.brief(config).actor.unroll_length == 128
+
+
+BUSY = """
+import time
+import gymnasium as gym
+from asyncrl import *
+
+class Busy(gym.Env):
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        begun = time.process_time()
+        while time.process_time() < begun + 0.002:
+            pass
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+gym.register("Busy-v0", Busy)
+config = Config(
+    EnvConfig("Busy-v0", vectorization="async"), ModelConfig(hidden=(16,)),
+    actor=ActorConfig(lanes_per_actor=1, envs_per_lane=2, unroll_length=8),
+    learner=LearnerConfig(device="cpu"),
+)
+"""
+
+
+def test_processes_of_environments_are_counted(launch_file, monkeypatch):
+    monkeypatch.setattr(costs, "PLAY_SECONDS", 1.0)
+    launch_file.write_text(BUSY)
+    acting, _ = costs.time_actor(resolve(launch_file, []))
+    assert acting.cpu >= 0.0018
 
 
 def test_refusals(quickly, launch_file, capsys):
