@@ -43,11 +43,14 @@ class Shape:
     lanes_per_actor: int
     envs_per_lane: int
     num_threads: int  # of the learner
+    actor_device: str = "cpu"
+    learner_device: str = "cpu"
 
     def __str__(self) -> str:
         groups = f"{counted(self.lanes_per_actor, 'group')} of {counted(self.envs_per_lane, 'env')}"
+        actors = f"{counted(self.num_actors, 'actor')} with {groups} on {self.actor_device}"
         threads = counted(self.num_threads, "thread")
-        return f"{counted(self.num_actors, 'actor')} with {groups}, {threads} for learning"
+        return f"{actors}, {threads} for learning on {self.learner_device}"
 
     def options(self, own: Shape) -> str:
         """What to add to the command where it is not as in `own`; a number of threads that is not
@@ -57,6 +60,8 @@ class Shape:
             "actor.lanes-per-actor": (self.lanes_per_actor, own.lanes_per_actor),
             "actor.envs-per-lane": (self.envs_per_lane, own.envs_per_lane),
             "learner.num-threads": (self.num_threads, own.num_threads),
+            "actor.device": (self.actor_device, own.actor_device),
+            "learner.device": (self.learner_device, own.learner_device),
         }
         return " ".join(f"--{name} {new}" for name, (new, old) in pairs.items() if new != old)
 
@@ -93,13 +98,14 @@ def bench(launch_file: Path, options: list[str]) -> None:
     import torch
 
     from asyncrl.config import resolve
+    from asyncrl.models.precision import device_called, is_large
 
     load = os.getloadavg()[0]
     plan = prepare(launch_file, options, launch_file)  # refuses what cannot work
     config, cores = small_replay(resolve(launch_file, options)), usable_cores()
     own = dataclasses.replace(config.actor, num_actors=plan.num_actors)
+    own = dataclasses.replace(own, device=str(device_called(own.device)))
     config = dataclasses.replace(config, actor=own)
-    device = config.learner.resolved_device()
     torch.set_flush_denormal(True)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"{launch_file.name} on {cores} cores, {gpu}\n", flush=True)
@@ -107,40 +113,54 @@ def bench(launch_file: Path, options: list[str]) -> None:
         print(f"note: {load:.1f} cores were busy before; what follows may be too slow by that\n")
 
     print(f"{'one actor alone':<40}{'env steps/s':>12}{'cores busy':>12}")
-    acting: dict[tuple[int, int], Cost] = {}
+    acting: dict[tuple[int, int, str], Cost] = {}
 
-    def play(config, lanes: int, envs: int) -> list[bytearray]:
-        acting[lanes, envs], unrolls = time_actor(reshaped(config, 1, lanes, envs))
-        _line(f"{counted(lanes, 'group')} of {counted(envs, 'env')}, on {own.device}",
-              acting[lanes, envs])  # fmt: skip
+    def play(config, *way: int | str) -> list[bytearray]:
+        lanes, envs, device = way
+        shaped = reshaped(config, 1, lanes, envs)
+        shaped = dataclasses.replace(
+            shaped, actor=dataclasses.replace(shaped.actor, device=device)
+        )
+        acting[way], unrolls = time_actor(shaped)
+        _line(f"{counted(lanes, 'group')} of {counted(envs, 'env')}, on {device}", acting[way])
         return unrolls
 
     begun, left_out = time.monotonic(), set()
-    unrolls = play(config, own.lanes_per_actor, own.envs_per_lane)
-    for _, lanes, envs in divisions(config, cores):
-        if (lanes, envs) not in acting and time.monotonic() - begun > TRIAL_SECONDS:
-            left_out.add((lanes, envs))
-        elif (lanes, envs) not in acting:
-            play(brief(config), lanes, envs)
+    unrolls = play(config, own.lanes_per_actor, own.envs_per_lane, own.device)
+    shared_out = list(divisions(config, cores))
+    for device in devices(own.device):
+        for way in dict.fromkeys((lanes, envs, device) for _, lanes, envs in shared_out):
+            if way not in acting and time.monotonic() - begun > TRIAL_SECONDS:
+                left_out.add(way)
+            elif way not in acting:
+                play(brief(config), *way)
     if left_out:
         print(f"  {len(left_out)} more are left out, for time")
     print(f"{'learner alone':<40}{'env steps/s':>12}{'cores busy':>12}")
-    learning: dict[int, Cost] = {}
-    own_threads = threads_of_learner(config, wire(config)[1])
-    others = set() if config.schedule == "serial" or device.type != "cpu" else set(halves(cores))
-    for threads in sorted({1, own_threads, *others}):
-        learning[threads] = time_learner(config, unrolls, threads)
-        _line(f"{counted(threads, 'thread')}, on {device}", learning[threads])
+    learning: dict[tuple[int, str], Cost] = {}
+    model = wire(config)[1]
+    own_learner = threads_of_learner(config, model), str(config.learner.resolved_device())
+    for device in devices(own_learner[1])[: 1 if is_large(model) else 2]:  # a GPU's work is known
+        more = halves(cores) if device == "cpu" and config.schedule != "serial" else [1]
+        for threads in sorted({1, own_learner[0], *more}):
+            learner = dataclasses.replace(config.learner, device=device)
+            there = dataclasses.replace(config, learner=learner)
+            learning[threads, device] = time_learner(there, unrolls, threads)
+            _line(f"{counted(threads, 'thread')}, on {device}", learning[threads, device])
 
     forecasts = {
-        Shape(actors, lanes, envs, threads): forecast(
-            actors, acting[lanes, envs], learning[threads], processor_share(), config.schedule
+        Shape(actors, lanes, envs, threads, acts, learns): forecast(
+            actors, acting[lanes, envs, acts], cost, processor_share(), config.schedule
         )
-        for actors, lanes, envs in divisions(config, cores)
-        if (lanes, envs) in acting
-        for threads in learning
+        for actors, lanes, envs in shared_out
+        for acts in devices(own.device)
+        if (lanes, envs, acts) in acting
+        for (threads, learns), cost in learning.items()
     }
-    as_it_is = Shape(own.num_actors, own.lanes_per_actor, own.envs_per_lane, own_threads)
+    threads, device = own_learner
+    as_it_is = Shape(
+        own.num_actors, own.lanes_per_actor, own.envs_per_lane, threads, own.device, device
+    )
     best = choose(forecasts, as_it_is)
     print()
     for what, shape in (("as it is", as_it_is), ("best here", best)):
@@ -148,6 +168,14 @@ def bench(launch_file: Path, options: list[str]) -> None:
         print(f"{what:<10}about {rate:,.0f} env steps/s: {shape}; what limits it: {bottleneck}")
     if best != as_it_is:
         print(f"{'options':<10}{best.options(as_it_is)}")
+
+
+def devices(own: str) -> list[str]:
+    """Where it could be computed: first the device that is configured."""
+    import torch
+
+    other = "cpu" if own != "cpu" else "cuda"
+    return [own, other] if torch.cuda.is_available() else [own]
 
 
 def _line(what: str, cost: Cost) -> None:

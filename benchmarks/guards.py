@@ -126,8 +126,8 @@ def main() -> None:
     report, rows = Report("guards", options), []
     for launch in options.launch:
         with tempfile.TemporaryDirectory() as folder:
-            training = Training((REPOSITORY / launch).resolve(), Path(folder) / "run",
-                                ["--schedule", "serial", *rest])  # fmt: skip
+            how = ["--schedule", "serial", "--learner.device", "cpu", *rest]
+            training = Training((REPOSITORY / launch).resolve(), Path(folder) / "run", how)
             training.warm_up()
             image = len(training.learner.spec.observation_space.shape or ()) > 1
             block = options.block // 8 if image else options.block

@@ -107,6 +107,22 @@ def test_for_real(quickly, launch_file, capsys, options):
         assert 25 < sum(float(share) for share in words[3::3]) <= 101
 
 
+def test_other_devices_are_tried(quickly, launch_file, capsys, monkeypatch):
+    """A second name of the processor stands in for a GPU."""
+    monkeypatch.setattr(bench, "devices", lambda own: ["cpu", "cpu:0"])
+    assert cli.main(["bench", str(launch_file)]) == 0
+    output = capsys.readouterr().out
+    for words in (
+        "2 groups of 4 envs, on cpu:0",
+        "1 thread, on cpu:0",
+        "1 thread, on cpu ",
+        "4 envs on",
+    ):
+        assert words in output
+    shapes = Shape(1, 2, 4, 1), Shape(1, 2, 4, 1, "cuda", "cuda:1")
+    assert shapes[1].options(shapes[0]) == "--actor.device cuda --learner.device cuda:1"
+
+
 def test_what_takes_too_long_is_left_out_but_never_what_is_asked_for(
     quickly, launch_file, capsys, monkeypatch
 ):
