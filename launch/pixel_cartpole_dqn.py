@@ -2,8 +2,8 @@
 
     ./run_main.sh pixels launch/pixel_cartpole_dqn.py
 
-Hardware: 2 cores, no GPU.
-Score: no run of the full length was made yet.
+Hardware: 2 cores, no GPU; 13 minutes on one of them, beside other work.
+Score: 500.0 for seed 1; 100 greedy games with the last checkpoint.
 """
 
 from asyncrl import (
