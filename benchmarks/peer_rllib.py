@@ -46,14 +46,17 @@ def make_env(_) -> gymnasium.Env:
 def main() -> None:
     path = sys.argv[1]
     seed = int(sys.argv[3]) if len(sys.argv) > 3 else 1
-    ray.init(num_cpus=4, include_dashboard=False)
+    cores = len(os.sched_getaffinity(0))
+    runners = max(2, min(1 << cores.bit_length() - 1, 16))  # which share 32 envs out
+    ray.init(num_cpus=runners + 2, include_dashboard=False)
     register_env("breakout", make_env)
     valid = [[32, 8, 4, "valid"], [64, 4, 2, "valid"], [64, 3, 1, "valid"]]
     config = (
         IMPALAConfig()
         .environment("breakout", clip_rewards=True)
         .env_runners(
-            num_env_runners=2, num_envs_per_env_runner=16, rollout_fragment_length=20
+            num_env_runners=runners, num_envs_per_env_runner=32 // runners,
+            rollout_fragment_length=20,
         )
         .learners(
             num_learners=0, num_aggregator_actors_per_learner=0,

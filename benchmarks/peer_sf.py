@@ -32,25 +32,34 @@ from sf_examples.atari.atari_utils import make_atari_env
 
 register_v0_v4_envs()  # in each process; ALE does it by itself for a newer Gymnasium only
 
+CORES = len(os.sched_getaffinity(0))
 SHARED = dict(
-    device="gpu" if torch.cuda.is_available() else "cpu", async_rl=True, num_workers=2,
+    device="gpu" if torch.cuda.is_available() else "cpu", async_rl=True,
     worker_num_splits=2, use_rnn=False, normalize_input=False, normalize_returns=False,
     max_grad_norm=0.5, adam_eps=1e-5, summaries_use_frameskip=False, save_every_sec=10**6,
 )  # fmt: skip
+
+
+def shared_out(num_envs: int) -> dict[str, int]:
+    """A worker for each core as far as each has two envs, which it steps in turns; at least two."""
+    workers = max(2, min(1 << CORES.bit_length() - 1, num_envs // 2))
+    return {"num_workers": workers, "num_envs_per_worker": num_envs // workers}
+
+
 BREAKOUT = dict(
     env="atari_breakout", env_frameskip=4, env_framestack=4, obs_scale=255.0, nonlinearity="relu",
     encoder_conv_architecture="convnet_atari", exploration_loss_coeff=0.01,
 )  # fmt: skip
 SETTINGS = {
     "ppo": BREAKOUT | dict(
-        num_envs_per_worker=4, rollout=128, batch_size=256, num_batches_per_epoch=4, num_epochs=4,
+        **shared_out(8), rollout=128, batch_size=256, num_batches_per_epoch=4, num_epochs=4,
         shuffle_minibatches=True, learning_rate=2.5e-4, ppo_clip_ratio=0.1,
     ),
     "impala": BREAKOUT | dict(
-        num_envs_per_worker=16, rollout=20, batch_size=640, num_epochs=1, learning_rate=5e-4,
+        **shared_out(32), rollout=20, batch_size=640, num_epochs=1, learning_rate=5e-4,
     ),
     "cartpole_ppo": dict(
-        env="CartPole-v1", num_envs_per_worker=4, rollout=32, batch_size=64,
+        env="CartPole-v1", **shared_out(8), rollout=32, batch_size=64,
         num_batches_per_epoch=4, num_epochs=10, shuffle_minibatches=True, learning_rate=1e-3,
         gamma=0.98, gae_lambda=0.8, ppo_clip_ratio=0.2, exploration_loss_coeff=0.0,
         encoder_mlp_layers=[64, 64], nonlinearity="tanh", actor_critic_share_weights=False,
@@ -82,7 +91,7 @@ def make_cartpole(name: str, cfg, env_config, render_mode: str | None = None) ->
 def make_encoder(cfg, obs_space):
     """Their own; it is made in the process that learns too, and that one gets its threads here."""
     if cfg.env == "atari_breakout" and current_process().name.startswith("learner"):
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(CORES)
     return default_make_encoder_func(cfg, obs_space)
 
 
