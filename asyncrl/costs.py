@@ -60,11 +60,21 @@ def forecast(
 def best_num_actors(config) -> int:
     """What `--actor.num-actors auto` stands for: as few as keep up, lanes being as configured."""
     lanes, envs = config.actor.lanes_per_actor, config.actor.envs_per_lane
-    one = small_replay(reshaped(config, 1, lanes, envs))
+    small, most = small_replay(config), usable_cores()
+    one = reshaped(small, 1, lanes, envs)
     acting, unrolls = time_actor(one)
-    learning = time_learner(one, unrolls, threads_of_learner(config, wire(one)[1]))
-    together = acting, learning, processor_share(), config.schedule
-    rates = [forecast(n, *together).rate for n in range(1, usable_cores() + 1)]
+    threads = threads_of_learner(config, wire(one)[1])
+    few = many = time_learner(one, unrolls, threads)
+    rollout = getattr(config.algorithm, "rollout", None)
+    if most > 1 and rollout is not None and not rollout.num_unrolls:  # it grows with the lanes
+        many = time_learner(reshaped(small, most, lanes, envs), unrolls, threads)
+
+    def rate(actors: int) -> float:
+        share = (1 - 1 / actors) / (1 - 1 / most) if most > 1 else 0  # overhead falls as 1 / n
+        wall, cpu = (a + share * (b - a) for a, b in zip(few[:2], many[:2], strict=True))
+        return forecast(actors, acting, Cost(wall, cpu), processor_share(), config.schedule).rate
+
+    rates = [rate(actors) for actors in range(1, most + 1)]
     return next(n for n, rate in enumerate(rates, 1) if rate * WORTH_IT >= max(rates))
 
 

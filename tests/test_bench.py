@@ -141,6 +141,25 @@ def test_trials_use_short_unrolls_unless_states_are_stored_in_them(launch_file):
     assert costs.brief(config).actor.unroll_length == 128
 
 
+@pytest.mark.parametrize("profile, number", [("config", 2), ("ppo", 4)])
+def test_rollouts_that_grow_with_the_actors_are_cheaper_to_learn_from(
+    launch_file, monkeypatch, profile, number
+):
+    """By hand: an actor makes 1,000 env steps a second; a learner takes 0.5 ms for each, with four
+    actors' rollouts a tenth of that, where a rollout is what all of them play."""
+
+    def time_learner(config, unrolls, threads):
+        milliseconds = 0.05 if config.actor.num_actors == 4 else 0.5
+        return Cost(1e-3 * milliseconds, 0.0)
+
+    monkeypatch.setattr(costs, "usable_cores", lambda: 4)
+    monkeypatch.setattr(costs, "processor_share", lambda: 4.0)
+    monkeypatch.setattr(costs, "time_actor", lambda config: (Cost(1e-3, 1e-3), []))
+    monkeypatch.setattr(costs, "time_learner", time_learner)
+    config = resolve(launch_file, ["--profile", profile, "--schedule", "async"])
+    assert costs.best_num_actors(config) == number
+
+
 BUSY = """
 import time
 import gymnasium as gym
