@@ -36,7 +36,8 @@ check_run_id() {
   [[ $1 =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]*$ ]] || refuse "bad RUN_ID" \
     "expected: letters, digits, '_', '.' and '-', not beginning with '.' or '-'" \
     "got:      '$1'" \
-    "to do:    choose a name such as breakout_1 (./run_main.sh --help tells the rest)"
+    "to do:    choose a name such as breakout_1; it stands before the launch file" \
+    "          (./run_main.sh --help tells the rest)"
 }
 
 # The absolute path of a launch file, as it was named by the caller.

@@ -200,7 +200,7 @@ def _check_run_id(run_id: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", run_id):
         refuse(
             "expected a run id of at most 200 letters, digits, '_', '-' and '.', got "
-            f"{run_id!r:.99}; it becomes the name of a folder"
+            f"{run_id!r:.99}; it becomes the name of a folder, and stands behind the launch file"
         )
 
 

@@ -109,10 +109,14 @@ def choose_profile(module: types.ModuleType, name: str) -> Config:
     if name in profiles:
         return getattr(module, name)
     nearest = difflib.get_close_matches(name, profiles, 1)
+    remedy = f"write `{name} = Config(...)` in it"
+    if profiles:
+        remedy = f"choose one of these by --profile, or {remedy}"
+    if nearest:
+        remedy = f"did you mean --profile {nearest[0]}?"
     raise ConfigError(
         f"expected {module.__file__} to define a Config named '{name}', got "
-        f"{', '.join(profiles) or 'none'}; "
-        + (f"did you mean '{nearest[0]}'?" if nearest else "write `config = Config(...)` in it")
+        f"{', '.join(profiles) or 'none'}; {remedy}"
     )
 
 

@@ -263,7 +263,7 @@ def as_mixture(policy) -> Mixture:
     """Any policy as a mixture, so that actors and reports know one kind only."""
     if isinstance(policy, Mixture):
         return policy
-    return Mixture((Part(type(policy).__name__, policy),))
+    return Mixture((Part(getattr(policy, "__name__", type(policy).__name__), policy),))
 
 
 def unroll_rng(seed: int, lane: int, sequence: int) -> np.random.Generator:

@@ -46,7 +46,7 @@ def memory(plan: Plan, available: int | None = None) -> Check:
     there = f"{limits[source] / 1e9:.2f} GB"
     if needed > limits[source]:
         words = f"expected {needed / 1e9:.2f} GB of memory, got {there} ({source}); the run needs:"
-        remedy = "lower --algorithm.replay.capacity, --actor.num-actors or --actor.envs-per-lane"
+        remedy = f"lower {_capacity(plan)}--actor.num-actors or --actor.envs-per-lane"
         return Check("memory", "refused", (words, *parts), remedy)
     words = f"{needed / 1e9:.2f} GB of {there} ({source}):"
     if needed > 0.9 * limits[source]:
@@ -136,6 +136,11 @@ def can_write(folder: Path) -> Check:
         return Check("write access", "refused", (words,), "give permission, make room, or set "
                      "ASYNCRL_RUNS to a folder elsewhere")  # fmt: skip
     return Check("write access", "ok", (f"{place}",))
+
+
+def _capacity(plan: Plan) -> str:
+    replay = plan.config.get("algorithm", {}).get("replay")
+    return "--algorithm.replay.capacity, " if replay else ""
 
 
 def _amount(nbytes: float) -> str:

@@ -19,7 +19,8 @@ greedy policy plays in training, is that of one seed: LSTM + stack 742, LSTM 634
     ./run_main.sh home_plain launch/breakout_ancestor.py --profile home_plain
     asyncrl plot home home_lstm home_stack home_plain --policy greedy --lives 5
 
-Hardware: one GPU and 8 or more cores, 12 GB of memory. Profiles home*: 2 cores, 4 GB, no GPU.
+Hardware: one GPU and 8 or more cores, 12 GB of memory, 13 of disk.
+Profiles home*: 2 cores, 4 GB, no GPU.
 Score: of 30 greedy games after 300,000 env steps (20 to 40 minutes), home 42.4, home_lstm 48.3,
 home_stack 24.6, home_plain 9.3 (docs/results). No run of the full length was made yet.
 """

@@ -8,7 +8,8 @@ a day for as many env steps on one desktop GPU. They play with sticky actions an
 end a return. They switch epsilon off after half of the run; here its floor of 0.01 stays. They
 draw the noise of an actor at each step; here it is drawn for each unroll.
 
-Hardware: one GPU and 8 or more cores, 12 GB of memory. Profile home: 2 cores, 4 GB, no GPU.
+Hardware: one GPU and 8 or more cores, 12 GB of memory, 13 of disk.
+Profile home: 2 cores, 4 GB, no GPU.
 Score: no run of the full length was made yet.
 """
 

@@ -2,7 +2,8 @@
 
     ./run_main.sh breakout_01 launch/breakout_dqn.py
 
-Hardware: one GPU and 8 or more cores, 12 GB of memory. Profile home: 2 cores, 4 GB, no GPU.
+Hardware: one GPU and 8 or more cores, 12 GB of memory, 10 of disk.
+Profile home: 2 cores, 4 GB, no GPU.
 Score: profile home, which is not double: 68.5 after 1,000,086 env steps (seed 1, 30 games, epsilon
 0.01), with a dueling net then, in 1 h 57 min with --learner.num-threads 1 on a busy 2-core machine.
 The full length was not run yet.

@@ -4,7 +4,8 @@
 
 Hardware: one GPU and 8 or more cores, 4 GB of memory. Profile home: 2 cores, no GPU.
 Score: profile home, seed 1: 64.6 after 2,000,829 env steps (30 games, epsilon 0.01), in 3
-hours and a half beside other work. The full length was not run yet.
+hours and a half in four pieces, by an earlier revision (docs/results). The full length was not run
+yet.
 """
 
 from dataclasses import replace

@@ -10,7 +10,8 @@ alone), the replay holds a million env steps (4), and the LSTM is not told the l
 reward. The target net refreshes the states. R2D2 sums its loss over a sequence's steps. Here it is
 the mean of 40, so its usual epsilon of Adam, 1e-3, and clipped norm, 40, are divided by 40.
 
-Hardware: one GPU and 8 or more cores, 12 GB of memory. Profile home: 2 cores, 4 GB, no GPU.
+Hardware: one GPU and 8 or more cores, 12 GB of memory, 11 of disk.
+Profile home: 2 cores, 4 GB, no GPU.
 Score: no run of the full length was made yet.
 """
 

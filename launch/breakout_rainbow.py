@@ -5,7 +5,8 @@
 Numbers of Hessel et al. 2018. Noisy nets explore, after random play until learning starts; there
 they do so from the first step.
 
-Hardware: one GPU and 8 or more cores, 12 GB of memory. Profile home: 2 cores, 4 GB, no GPU.
+Hardware: one GPU and 8 or more cores, 12 GB of memory, 11 of disk.
+Profile home: 2 cores, 4 GB, no GPU.
 Score: no run of the full length was made yet.
 """
 

@@ -1,7 +1,7 @@
 """Goals and fire under a partial view: DQN with an LSTM on sequences and a mix of policies.
 
     ./run_main.sh grid launch/gridworld_dqn.py
-    .venv/bin/asyncrl plot grid --by policy
+    asyncrl plot grid --by policy
 
 Hardware: 2 cores, no GPU; 4 minutes on one of them.
 Score: 7.35 for seed 1, 100 greedy games of 50 steps with the last checkpoint; random play has 0.5.

@@ -2,7 +2,8 @@
 
     ./run_main.sh pong_01 launch/pong_dqn.py
 
-Hardware: one GPU and 8 or more cores, 12 GB of memory. Profile home: 2 cores, 4 GB, no GPU.
+Hardware: one GPU and 8 or more cores, 6 GB of memory, 5 of disk.
+Profile home: 2 cores, 4 GB, no GPU.
 Score: no run of the full length was made yet.
 """
 

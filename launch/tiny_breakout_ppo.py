@@ -2,7 +2,7 @@
 
     ./run_main.sh tiny_ppo launch/tiny_breakout_ppo.py
 
-Hardware: 2 cores, no GPU; 7 minutes on one of them.
+Hardware: 2 cores, no GPU; 7 to 15 minutes on one of them.
 Score: 21.1, interquartile mean of seeds 0 to 4 (19.4 to 21.9); 100 greedy games each with the last
 checkpoint.
 """

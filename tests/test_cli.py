@@ -105,7 +105,7 @@ REFUSED_OPTIONS = [
     ("--seed -1", "expected seed from 0 to 2**63 - 1, got -1"),
     ("--schedule lockstp", "lockstep"),
     ("--total-env-steps 0", "expected total_env_steps >= 1, got 0"),
-    ("--profile shado", "define a Config named 'shado', got config, shadow; did you mean 'shadow'"),
+    ("--profile shado", "named 'shado', got config, shadow; did you mean --profile shadow?"),
     ("--profile", "expected a name after --profile"),
     ("--algorithm.gamma 2", "expected 0 <= gamma <= 1"),
     ("--algorithm.replay.learning-starts 10", "learning_starts of at least one batch of 32"),
@@ -174,6 +174,10 @@ def test_memory_is_refused_with_the_arithmetic(in_this_process, runs, launch_fil
         ("import no_such_module", "(line 1) cannot be used: ModuleNotFoundError"),
         ("", "define a Config named 'config', got none; write `config = Config(...)` in it"),
         ("config = 3", "define a Config named 'config', got none"),
+        (
+            "import asyncrl\nhome = asyncrl.Config(asyncrl.EnvConfig('CartPole-v1'))",
+            "got home; choose one of these by --profile, or write `config = Config(...)` in it",
+        ),
         (
             LAUNCH_FILE.replace(
                 '"CartPole-v1"', '"tests.counting_env:Counting-v0", kwargs={"kind": "dict"}'

@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from gymnasium import spaces
 
 from asyncrl.logs import read_episodes, read_metrics
+from asyncrl.models.contract import try_model
 from tests.forked import train_serially
 from tests.runs import REPOSITORY
 
@@ -68,3 +72,27 @@ def test_the_launch_file_of_the_readme(start, tmp_path):
     assert set(episodes["policy"]) == {"explorer", "soft"}
     # Nine steps to the right are the best there is: -0.9; a walk at random takes about 90.
     assert episodes["return"][-100:].mean() > -2.5
+
+
+def test_what_the_page_on_own_parts_has(start, tmp_path):
+    """Its models are accepted, its algorithm learns, and what it learned is loaded elsewhere."""
+    page = (REPOSITORY / "docs" / "algorithms" / "own.md").read_text()
+    models, algorithm, program = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict = {}
+    exec(models, names)
+    images, numbers = spaces.Box(0, 255, (36, 36), np.uint8), spaces.Box(-1, 1, (3,))
+    acts = spaces.Discrete(3), spaces.Box(-2, 2, (2,))
+    assert set(try_model(names["Stacked"](images, acts[0]), "q", images, acts[0])[0]) == {"frames"}
+    actor_critic = names["Gaussian"](numbers, acts[1]), "actor_critic", numbers, acts[1]
+    assert try_model(*actor_critic)[0] == {}
+    launch_file = tmp_path / "weighted.py"
+    launch_file.write_text(algorithm)
+    options = ["--algorithm.temperature", "0.5", "--total-env-steps", "2000"]
+    folder = train_serially(tmp_path, "weighted", launch_file, options)
+    assert read_metrics(folder)["loss/policy"][-1] != 0
+    names = {}
+    exec(program.replace("runs/RUN_ID", str(folder)), names)
+    assert names["config"].algorithm.temperature == 0.5
+    outputs, _ = names["model"](torch.zeros(1, 1, 4), torch.ones(1, 1, dtype=torch.bool), {})
+    assert outputs["value"].item() != 0  # as a fresh one has it
+    names["envs"].close()

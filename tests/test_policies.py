@@ -592,3 +592,8 @@ def test_the_policy_of_the_documentation():
         assert same[here].mean() == pytest.approx(stays, abs=0.02)
         assert log_prob[here & same] == pytest.approx(log(stays))
         assert log_prob[here & ~same] == pytest.approx(log((1 - stays) / 2))
+
+
+def test_a_policy_that_was_not_made_is_told_so():
+    with pytest.raises(ValueError, match=r"for Greedy, got the class Greedy; write Greedy\(\)"):
+        check_policy(as_mixture(Greedy), {"q": np.zeros((3, 2), np.float32)}, spaces.Discrete(2))
