@@ -180,7 +180,7 @@ run_docker() {
 
   # exec: docker passes signals on to the container, and the exit status back. A trap here that did
   # the same would make two signals of one, and the second means "stop now, save nothing".
-  exec docker run --rm --init "${gpus[@]}" --stop-timeout 60 --name "$container" \
+  exec docker run --rm --init "${gpus[@]}" --stop-timeout 60 --shm-size 1g --name "$container" \
     "${terminal[@]}" --user "$(id -u):$(id -g)" "${git[@]}" \
     --mount "$(mounted "$run_folder" "/runs/$run_id")" \
     --mount "$(mounted "$launch_folder" /launch,readonly)" \

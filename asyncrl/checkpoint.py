@@ -159,13 +159,19 @@ class Checkpoints:
     def listed_segments(self, newest: int | None = None) -> set[str]:
         """Names of the segment files that the newest checkpoints list (None: all of them), for
         `delete_unlisted`. An older one that has lost its segments is used without its replay; those
-        known to be invalid, which are never loaded, do not count."""
+        known to be invalid, which are never loaded, do not count. OSError where one cannot be read
+        for now."""
         listed: list[set[str]] = []
+        os.stat(self.folder)  # or a folder out of sight would list nothing
         for number, path in sorted(self._folders().items(), reverse=True):
             if self._verdicts.get(number, True) and len(listed) != newest:
-                with contextlib.suppress(CheckpointError):
+                try:
                     manifest = _read_manifest(path)
-                    listed.append({segment["file"] for segment in manifest["segments"]})
+                except CheckpointError as error:
+                    if isinstance(cause := error.__cause__, OSError):  # not damaged, perhaps
+                        raise cause from None
+                    continue
+                listed.append({segment["file"] for segment in manifest["segments"]})
         return set().union(*listed)
 
     def clean(self, best: bool = False) -> None:

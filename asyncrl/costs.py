@@ -256,8 +256,8 @@ def time_learner(config, unrolls: list[bytearray], num_threads: int) -> Cost:
 def _synchronise(config) -> None:
     import torch
 
-    if config.learner.resolved_device().type == "cuda":
-        torch.cuda.synchronize()
+    if (device := config.learner.resolved_device()).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def wire(config):

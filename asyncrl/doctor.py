@@ -15,8 +15,9 @@ import psutil
 
 from asyncrl import folder, limits, preflight
 from asyncrl.metrics import counted
-from asyncrl.plan import EXIT_REFUSED, versions
+from asyncrl.plan import EXIT_REFUSED
 from asyncrl.preflight import Check
+from asyncrl.provenance import versions
 
 NEEDED = ("torch", "numpy", "gymnasium", "psutil", "rich", "safetensors", "tyro")
 SLOW_DISK_NBYTES = 20e6  # a second, written and fsynced

@@ -14,6 +14,7 @@ from asyncrl.foreign import name_of
 # The first three are not for changing: the model stacks frames, the algorithm clips rewards, and
 # episodic_life would restart the whole game at each lost life (life_loss_info does not).
 _FIXED = dict(stack_num=1, reward_clipping=False, episodic_life=False)
+_ALWAYS = ("reward_clipping", "episodic_life")  # of these, without a protocol too
 _FRAMES = dict(frameskip=4, maxpool=True, grayscale=True, img_height=84, img_width=84)
 _ATARI = _FIXED | _FRAMES | dict(max_num_frames_per_episode=108_000)
 # classic: Mnih et al. 2015 as in Baselines. ALE presses FIRE at a reset only, not after a lost
@@ -112,16 +113,20 @@ class EnvConfig:
         atari = {name: self.kwargs.get(name, value) for name, value in rules.items()} | self.atari
         if atari and protocol == "none":
             raise ValueError("env.atari: the protocol 'none' has no parameters; use env.kwargs")
-        for name, fixed in _FIXED.items() if atari else ():
-            if atari[name] != fixed:
+        kwargs = self.kwargs
+        if self.is_ale and is_native and protocol == "none":
+            kwargs = {name: _FIXED[name] for name in _ALWAYS} | kwargs
+        for name, fixed in _FIXED.items():
+            if (got := (kwargs | atari).get(name, fixed)) != fixed and (atari or name in _ALWAYS):
                 raise ValueError(
-                    f"env: expected {name}={fixed}, got {atari[name]!r}: the model stacks frames, "
+                    f"env: expected {name}={fixed}, got {got!r}: the model stacks frames, "
                     "the algorithm clips rewards, life_loss_info=True ends returns at lost lives"
                 )
         if (idle or 0) < 0 or self.num_threads < 0:
             raise ValueError("env: max_idle_steps and num_threads must be 0 or more")
         return replace(
             self,
+            kwargs=kwargs,
             vectorization=vectorization,
             protocol=protocol,
             max_idle_steps=_MAX_IDLE_STEPS[protocol] if idle is None else idle,

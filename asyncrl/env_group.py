@@ -74,7 +74,7 @@ class EnvGroup:
         # Theirs are new arrays each time; anybody else's may be one buffer, written again.
         self._copies = not (self._sends or (is_gymnasium and env.copy))
         atari = config.ale_parameters if self._is_ale or config.is_ale else {}
-        self.env_step_frames = int(atari.get("frameskip", 1))
+        self.env_step_frames = int(np.mean(atari.get("frameskip", 1)))  # one of (a, b) by chance
         self._max_frames = atari.get("max_num_frames_per_episode")
         self._squeezes = config.protocol != "none"  # (1, 84, 84) -> (84, 84)
         space = env.single_observation_space
@@ -115,7 +115,7 @@ class EnvGroup:
         obs, reward, terminated, truncated, info = self._finish(timeout_seconds)
         if np.count_nonzero(self._cut):  # these took one step too many: forget it, reset them now
             obs, new_info = self._reset(options={"reset_mask": self._cut.copy()})
-            info, going_on = info | new_info, ~self._cut
+            info, going_on = info | new_info if self._is_ale else info, ~self._cut
             reward = reward * going_on
             terminated, truncated = terminated & going_on, truncated & going_on
         reset_step, valid = self._ended, ~self._ended

@@ -18,7 +18,8 @@ from typing import Any
 
 from asyncrl.children import CHILD_ENVIRONMENT
 from asyncrl.disk import CheckpointError, write_atomically
-from asyncrl.plan import EXIT_FAILED, EXIT_REFUSED, Plan, versions
+from asyncrl.plan import EXIT_FAILED, EXIT_REFUSED, Plan
+from asyncrl.provenance import provenance, say_what_changed
 
 BEGUN = "launch.json", "config.json", "checkpoints"  # where one of them is, there is a run
 STRANGER_SECONDS = 3.0  # a lock held for less is somebody who looks, or is being refused
@@ -217,12 +218,13 @@ class RunFolder:
                     f"expected run {self.folder.name} to be new, but another process has begun it "
                     "meanwhile; start it again to resume it, or choose another run id"
                 )
-        config = {"config": plan.config, "versions": versions(), "git": git_revision()}
-        config["launch"] = self.launch
+        config = {"config": plan.config, **provenance(), "launch": self.launch}
         files = {"plan.json": vars(plan), "config.json": config, "launch.json": self.launch}
         self.files = {"launch.py": self.source}
         self.files |= {name: json.dumps(file, indent=1).encode() for name, file in files.items()}
         try:
+            if not self.is_new:
+                say_what_changed(self.folder, self.source, config)
             for name, content in self.files.items():
                 write_atomically(self.folder / name, content)
             (self.folder / "logs").mkdir(exist_ok=True)
@@ -376,16 +378,3 @@ def _has_ended(child: subprocess.Popen, launch_file: Path) -> bool:
         return False
     finally:
         os.close(pidfd)
-
-
-def git_revision() -> str | None:
-    """Of the source that runs here; None where nobody knows."""
-    if given := os.environ.get("ASYNCRL_GIT"):  # a docker image has no git
-        return given
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        result = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-            capture_output=True, text=True, timeout=5,
-        )  # fmt: skip
-        return result.stdout.strip() or None
-    return None

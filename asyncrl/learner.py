@@ -27,7 +27,7 @@ from asyncrl.learner_config import LearnerConfig
 from asyncrl.logs import EventLog, RunLog
 from asyncrl.replay_stream import ReplayStream, Stopped
 from asyncrl.resume import load_newest, say_what_is_cut, say_what_is_missing
-from asyncrl.state import flatten, unflatten
+from asyncrl.state import flatten, rng_state, set_rng_state, unflatten
 from asyncrl.throttle import Throttle
 from asyncrl.transport.ring import Ring, UnrollReader, Word
 from asyncrl.transport.weights import WeightsWriter
@@ -77,7 +77,7 @@ class Learner:
         self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
         self.stream = ReplayStream(
             folder / "replay", self.store, spec.layout, self.checkpoints, self.events,
-            enabled=config.save_replay and self.store.streams,
+            enabled=config.save_replay and self.store.streams, beat=beat,
         )  # fmt: skip
         self.folder = folder
         self.positions = {"metrics.jsonl": 0, "episodes.csv": 0}  # to which logs are cut back
@@ -128,10 +128,10 @@ class Learner:
     def _load(self, loaded: Loaded) -> None:
         state = unflatten(dict(loaded.tensors) | loaded.state["numbers"])
         self.store.restart_at(self.origin)  # whatever an unusable checkpoint may have left in it
-        self.stream.restore(loaded.segments, self.beat)
+        self.stream.restore(loaded.segments)
         self.algorithm.load_state_dict(state["algorithm"])
         self.store.load_state_dict(state["store"])
-        torch.set_rng_state(state["rng"])
+        set_rng_state(state, self.config.resolved_device())
         counters = loaded.state
         self.positions = counters["logs"]
         self.episodes.load_state_dict(counters["episodes"])
@@ -173,8 +173,9 @@ class Learner:
                     if turn < waiting[lane]:
                         self._take(lane, *reader.take())
             if any(waiting) and self.store.device.type == "cuda":
-                # The copies still read the slots.
-                torch.cuda.current_stream(self.store.device).synchronize()
+                with self.shares.time("update"):  # most of what there is to wait for
+                    # The copies still read the slots.
+                    torch.cuda.current_stream(self.store.device).synchronize()
             for lane, reader in enumerate(self.readers):
                 if waiting[lane]:
                     reader.release()
@@ -223,8 +224,9 @@ class Learner:
 
     def publish(self) -> None:
         """Give the current weights, and what schedules need, to whoever acts."""
-        with self.shares.time("publish"):
+        with self.shares.time("update"):  # what a GPU still has to do of them
             self.guard.settle()
+        with self.shares.time("publish"):
             self.guard.check(weights := self.model.state_dict())
             back = self.weights.back()
             for name, tensor in weights.items():
@@ -292,10 +294,9 @@ class Learner:
                 self.epoch += 1
                 self.save()
                 self.publish()
-        elif (
-            now - self.last_checkpoint >= self.config.checkpoint_seconds
-            and self.saved != (self.env_steps, self.updates)
-        ):
+            return
+        late = now - self.last_checkpoint >= self.config.checkpoint_seconds
+        if late and self.saved != (self.env_steps, self.updates):
             self.save()
 
     # -- what is kept ----------------------------------------------------------------------------
@@ -319,7 +320,7 @@ class Learner:
             state = {
                 "algorithm": self.algorithm.state_dict(),
                 "store": self.store.state_dict(),
-                "rng": torch.get_rng_state(),
+                **rng_state(self.config.resolved_device()),
             }
             self.guard.settle()
             self.guard.check(self.model.state_dict())
@@ -339,7 +340,7 @@ class Learner:
                 "logs": self.log.positions(),
             }
             try:
-                segments = self.stream.flush()
+                segments = self.stream.flush(final)
                 self.log.sync()
                 path = self.checkpoints.save(self.env_steps, tensors, counters, segments)
                 self.stream.forget()
@@ -348,11 +349,10 @@ class Learner:
                 if final:
                     raise
             else:
-                pause = time.monotonic() - begun
                 text = "; ".join([f"{path.name} saved", *self.checkpoints.leftovers])
                 self.events.event(
                     "checkpoint", text, env_steps=self.env_steps,
-                    updates=self.updates, seconds=f"{pause:.2f}",
+                    updates=self.updates, seconds=f"{time.monotonic() - begun:.2f}",
                 )  # fmt: skip
         self.last_checkpoint = time.monotonic()
         self.saved = self.env_steps, self.updates

@@ -56,8 +56,10 @@ class LearnerConfig:
                 raise ValueError(f"expected learner.{name} >= 0, got {getattr(self, name)}")
 
     def resolved_threads(self, model: torch.nn.Module) -> int:
-        """Where layers are small, more threads would only wait for each other."""
-        return self.num_threads or (usable_cores() if is_large(model) else 1)
+        """Where layers are small, more threads would only wait for each other; beside a GPU they
+        only gather batches."""
+        most = 4 if self.resolved_device().type == "cuda" else usable_cores()
+        return self.num_threads or (min(most, usable_cores()) if is_large(model) else 1)
 
     def resolved_device(self) -> torch.device:
         return device_called(self.device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import signal
 import sys
 import traceback
@@ -42,6 +41,7 @@ class Plan:
     schedule: str
     evaluates: bool
     measured: list = field(default_factory=list)  # options, in place of what was "auto"
+    device: str = "cpu"  # what learns
     learns_until: int | None = None  # env steps; the learning rate is 0 behind them
     unset: list = field(default_factory=list)  # paths in config of what is at its default
 
@@ -127,9 +127,9 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
         ["supervisor", 80_000_000],
     ]  # fmt: skip
     memory = [line for line in memory if line[1]]
-    in_host_memory = "cpu" in (device.type, store_device)
-    on_gpu = device if store_device == "auto" else store_device
-    if not in_host_memory and not fits_on_gpu(on_gpu, store):
+    stored_on = device if store_device == "auto" else torch.device(store_device)
+    in_host_memory = stored_on.type == "cpu"
+    if not in_host_memory and not fits_on_gpu(stored_on, store):
         if store_device != "auto":
             raise ValueError(
                 f"expected room for a {config.algorithm.store_name} of {store / 1e9:.2f} GB on "
@@ -158,6 +158,7 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
         schedule=config.schedule,
         evaluates=evaluates,
         measured=measured,
+        device=device.type,
         learns_until=_learns_until(config),
         unset=unset_fields(config),
     )
@@ -171,19 +172,6 @@ def _learns_until(config) -> int | None:
         return None
     moments = (total * percent // 100 for percent in range(100, 0, -1))
     return next((moment for moment in moments if value_at(rate, moment) > 0), 0)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides a run."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for package in ("torch", "numpy", "gymnasium", "ale-py"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def in_words(launch_file: Path, work: Callable[[], object]) -> int:

@@ -4,6 +4,7 @@ neither the store nor a checkpoint needs any more is deleted."""
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from asyncrl.logs import EventLog
 from asyncrl.segments import SegmentWriter, read_segments
 from asyncrl.types import Layout, Unroll
 
+FINAL_SECONDS = 8.0  # for the replay, of the 17 that the last checkpoint has
+
 
 class Stopped(Exception):
     """The run is to stop, and the replay was not read to its end."""
@@ -25,12 +28,13 @@ class ReplayStream:
 
     def __init__(
         self, folder: Path, store, layout: Layout, checkpoints: Checkpoints, events: EventLog,
-        enabled: bool,
+        enabled: bool, beat: Callable[[], bool] = lambda: False,
     ):  # fmt: skip
         self.folder, self.store, self.layout = folder, store, layout
         self.checkpoints, self.events, self.enabled = checkpoints, events, enabled
+        self.beat = beat  # called while it waits for the disk; returns whether to stop
 
-    def restore(self, segments: list[dict], beat: Callable[[], bool]) -> None:
+    def restore(self, segments: list[dict]) -> None:
         """Insert the unrolls of a checkpoint's segments again. CheckpointError if they are damaged,
         Stopped as soon as `beat` says so, each with some of them inserted."""
         if not self.enabled:
@@ -38,7 +42,7 @@ class ReplayStream:
         for index, (record, base, _) in enumerate(
             read_segments(self.folder, segments, self.layout.nbytes)
         ):
-            if beat():
+            if self.beat():
                 raise Stopped
             if index == 0:
                 self.store.restart_at(base)
@@ -53,7 +57,9 @@ class ReplayStream:
 
     def append(self, raw: np.ndarray) -> None:
         """Write an unroll that the store is about to take in."""
-        if self.enabled and self.writer.append(raw, self.store.position()):
+        was_well = self.enabled and not self.writer.broken
+        full = self.enabled and self.writer.append(raw, self.store.position())
+        if full or (was_well and self.writer.broken):  # then what it wrote is in the disk's way
             self.forget(about_to_come=1)
 
     def forget(self, about_to_come: int = 0) -> None:
@@ -63,14 +69,16 @@ class ReplayStream:
         with contextlib.suppress(OSError):  # who cannot see what is listed deletes nothing for now
             self.writer.delete_unlisted(self.checkpoints.listed_segments(newest=2))
 
-    def flush(self) -> list[dict]:
-        """The segments for a manifest; [] where there is no room, and the rest is saved alone."""
+    def flush(self, final: bool) -> list[dict]:
+        """The segments for a manifest; [] where there is no room, or at the end not enough time,
+        and the rest is saved alone."""
         if not self.enabled:
             return []
         self.writer.forget_all_but(len(self.store.unrolls))
         try:
-            return self.writer.flush()
+            return self.writer.flush(FINAL_SECONDS if final else math.inf, self.beat)
         except CheckpointError as error:
             self.events.event("checkpoint", f"replay not saved: {error}")
             self.writer.restart()
+            self.forget()
             return []

@@ -16,6 +16,10 @@ from asyncrl.checkpoint import Checkpoints, Loaded
 from asyncrl.disk import CheckpointError
 from asyncrl.logs import EventLog, RunLog, read_episodes, read_events, read_metrics
 
+# "CUDA error: ..." has a class of its own in newer versions.
+_DEVICE_ERRORS = (
+    torch.cuda.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.cuda.OutOfMemoryError)
+)  # fmt: skip
 REMEDY = "put one back, or begin a run with another id"
 
 
@@ -76,7 +80,7 @@ def _refusal(load: Callable[[Loaded], None], loaded: Loaded) -> str:
         load(loaded)
     except CheckpointError as error:
         return str(error)
-    except torch.cuda.OutOfMemoryError:  # is not its fault
+    except _DEVICE_ERRORS:  # are not its fault
         raise
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         return (

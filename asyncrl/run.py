@@ -31,6 +31,7 @@ from asyncrl.transport.status import Status
 from asyncrl.transport.weights import WeightsBuffer, WeightsReader, WeightsWriter
 from asyncrl.types import Spec, fields_from_json
 
+MAX_PERIODS = 10  # of evaluation, that training goes on for while games of one do not end
 MAX_ENV_FAILURES = 10  # of an actor's environments, without a whole unroll in between
 
 
@@ -101,6 +102,11 @@ class Process:
 
         config, links = self.config, self.connections
         status = links.status
+        if "cpu" == config.learner.resolved_device().type != self.plan.device:
+            raise RuntimeError(
+                f"expected {self.plan.device} for learning, as when this run was started, got a "
+                "GPU that is gone (nvidia-smi); resume with --learner.device cpu to do without"
+            )
 
         def beat() -> bool:
             status.beat(Status.LEARNER_BEAT)
@@ -195,6 +201,7 @@ def run_learner(process: Process, index: int, generation: int) -> None:
     if turn_based and not config.num_threads:
         threads = 1
     on_gpu = config.resolved_device().type == "cuda"
+    torch.backends.cudnn.benchmark = on_gpu and not turn_based  # the quickest of its algorithms
     # What is compiled is so for a number of threads.
     adapts = not (turn_based or config.num_threads or on_gpu or config.compile)
     # Two teams draw from one generator, whoever comes first; in turns all must be exact.
@@ -252,7 +259,8 @@ def begin(learner, status: Status) -> None:
     if learner.stopped:  # and has said so
         return
     text = f"resumed at {learner.env_steps} env steps" if resumed else "begun at 0 env steps"
-    learner.events.event("learner", text, updates=learner.updates)
+    device = learner.config.resolved_device()
+    learner.events.event("learner", f"{text}, on {device}", updates=learner.updates)
 
 
 def run_evaluator(process: Process, index: int, generation: int) -> None:
@@ -263,13 +271,18 @@ def run_evaluator(process: Process, index: int, generation: int) -> None:
     from asyncrl.disk import CheckpointError
     from asyncrl.envs import make_envs
     from asyncrl.evaluate import play_games, summarise
+    from asyncrl.guards import EnvFailed, GuardedEnvs
 
     os.nice(19)
     torch.set_num_threads(1)
     config, links = process.config.evaluation, process.connections
     status, weights = links.status, WeightsReader(links.weights)
     model = process.make_model().eval().requires_grad_(False)
-    envs = make_envs(process.config.env, config.num_envs)
+
+    def make_guarded() -> GuardedEnvs:
+        return GuardedEnvs(make_envs(process.config.env, config.num_envs))
+
+    envs = make_guarded()
     checkpoints = Checkpoints(process.folder / "checkpoints")
     events = EventLog(process.folder / "events.log")
     try:
@@ -284,10 +297,14 @@ def run_evaluator(process: Process, index: int, generation: int) -> None:
         status.beat(Status.EVALUATOR_BEAT)
         return status.stopping
 
-    def due() -> bool:
+    def published() -> int:
+        """The env steps of the newest weights, -1 where there are none."""
         version = int(links.weights.version[0])
-        published = links.weights.copies[version % 2]["context"]["env_steps"]
-        return version > 0 and int(published) >= next_at
+        newest = links.weights.copies[version % 2]["context"]["env_steps"]
+        return int(newest) if version > 0 else -1
+
+    def due() -> bool:
+        return published() >= next_at
 
     while links.evaluator_bell.wait_for(due, idle):
         pulled = weights.pull()
@@ -297,12 +314,26 @@ def run_evaluator(process: Process, index: int, generation: int) -> None:
         with torch.no_grad():
             for name, tensor in model.state_dict().items():
                 tensor.copy_(torch.from_numpy(pulled["model"][name]))
-        games = play_games(
-            model, envs, config.num_episodes, process.config.seed, config.epsilon,
-            on_step=lambda step, action: idle(),
-        )  # fmt: skip
+        next_at = (env_steps // config.period_steps + 1) * config.period_steps
+        latest = env_steps + MAX_PERIODS * config.period_steps
+        try:
+            games = play_games(
+                model, envs, config.num_episodes, process.config.seed, config.epsilon,
+                on_step=lambda step, action: idle() or published() > latest,  # noqa: B023
+            )  # fmt: skip
+        except EnvFailed as error:
+            events.event("env", f"evaluator: environments made anew: {error}", env_steps=env_steps)
+            with contextlib.suppress(Exception):  # they have failed already
+                envs.close()
+            envs = make_guarded()
+            continue
         if status.stopping:
             return
+        if len(games) < config.num_episodes:
+            text = f"evaluation given up: {len(games)} of {config.num_episodes} games ended while "
+            text += f"training went on for {MAX_PERIODS} periods; give the games a time limit"
+            events.event("warning", text, env_steps=env_steps)
+            continue
         summary = summarise(games) | {"eval/env_steps": env_steps}
         status.numbers[: len(Status.EVALUATION)] = [summary[name] for name in Status.EVALUATION]
         events.event("evaluated", f"mean return {summary['eval/return']:.2f} over "
@@ -314,7 +345,6 @@ def run_evaluator(process: Process, index: int, generation: int) -> None:
                 best_return = summary["eval/return"]
             except CheckpointError as error:
                 events.event("checkpoint", f"best not saved: {error}")
-        next_at = (env_steps // config.period_steps + 1) * config.period_steps
 
 
 ROLES = {
@@ -341,6 +371,9 @@ def child_main(arguments: list[str]) -> int:
         os._exit(status)  # at once: the parent is about to say that it still waits
     folder, parent, generation, fds = rest
     die_with_parent(int(parent))
+    if role in ("actor", "evaluator"):  # if memory runs out, not the learner, which has most of it
+        with contextlib.suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("800")
     try:
         process = Process(Path(folder), json.loads(fds))
         ROLES[role](process, int(index), int(generation))

@@ -4,12 +4,15 @@ The learner appends every unroll it drains, so a checkpoint has only the tail to
 checkpoints list segments with their sums; what no manifest lists is deleted.
 """
 
+import concurrent.futures
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -86,15 +89,24 @@ class SegmentWriter:
             self._end_segment()
         return full
 
-    def flush(self) -> list[dict]:
+    def flush(
+        self, seconds: float = math.inf, beat: Callable[[], object] = lambda: None
+    ) -> list[dict]:
         """Make all records durable; return the live segments for a manifest, oldest first.
 
-        The open segment ends here, so nothing returned ever changes. Blocks for the fsyncs. Raises
-        CheckpointError if the writer is broken or a file has vanished.
+        The open segment ends here, so nothing returned ever changes. Blocks for the fsyncs, for
+        `seconds` at most, and calls `beat` every second meanwhile. Raises CheckpointError if the
+        writer is broken, a file has vanished, or the disk takes longer.
         """
         if self._fd >= 0:
             self._end_segment()
-        self._hear(wait=True)
+        last = time.monotonic() + seconds
+        while self._syncing and (left := last - time.monotonic()) > 0:
+            concurrent.futures.wait(self._syncing[-1:], min(1.0, left))
+            self._hear()
+            beat()
+        if self._syncing:
+            self._break(f"a disk that took more than {seconds:g} s")
         if not self.broken and self._segments:
             try:
                 fsync_folder(self.folder)
@@ -111,8 +123,7 @@ class SegmentWriter:
     def restart(self) -> None:
         """Begin a new stream: former segments leave the list; the next record opens a new one."""
         self._break("restarted")
-        self._hear(wait=True)
-        self._segments.clear()
+        self._syncing.clear()  # nobody wants to know any more
         self.broken = None
 
     def forget_all_but(self, newest: int) -> None:
@@ -137,7 +148,7 @@ class SegmentWriter:
     def close(self) -> None:
         """Let go of file and thread; records since the last flush are not promised."""
         self._break("closed")
-        self._thread.shutdown()
+        self._thread.shutdown(wait=False)
 
     def _begin_segment(self, base: dict) -> None:
         base = json.loads(json.dumps(base))  # the caller's lists may change before the flush
@@ -153,10 +164,10 @@ class SegmentWriter:
         self._segments.append(self._open | {"nbytes": nbytes, "sha256": self._digest.hexdigest()})
         self._syncing.append(self._thread.submit(sync_and_close, self._fd))
         self._fd, self._open = -1, {}
-        self._hear(wait=False)
+        self._hear()
 
-    def _hear(self, wait: bool) -> None:
-        while self._syncing and (wait or self._syncing[0].done()):
+    def _hear(self) -> None:
+        while self._syncing and self._syncing[0].done():
             if error := self._syncing.pop(0).exception():  # a gap: the stream is worth nothing
                 self._break(str(error))
 
@@ -166,6 +177,7 @@ class SegmentWriter:
             with contextlib.suppress(OSError):
                 os.close(self._fd)
         self._fd, self._open = -1, {}
+        self._segments.clear()
 
     def _names(self) -> set[str]:
         return {segment["file"] for segment in [*self._segments, self._open] if segment}

@@ -25,6 +25,19 @@ def flatten(tree: dict, prefix: str = "") -> tuple[dict[str, np.ndarray], dict[s
     return arrays, numbers
 
 
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """Of the generators that models draw from where nothing else is named."""
+    on_gpu = {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"rng": torch.get_rng_state()} | on_gpu
+
+
+def set_rng_state(state: dict, device: torch.device) -> None:
+    """As `rng_state` has it, as far as it was saved on such a device."""
+    torch.set_rng_state(state["rng"])
+    if device.type == "cuda" and "cuda_rng" in state:
+        torch.cuda.set_rng_state(state["cuda_rng"], device)
+
+
 def unflatten(leaves: dict) -> dict:
     """The inverse of `flatten`: arrays become tensors again."""
     tree: dict = {}

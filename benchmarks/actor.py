@@ -166,7 +166,7 @@ def main() -> None:
     torch.set_num_threads(1)  # no thread pool may exist where a process is forked
     config = resolve(REPOSITORY / options.launch, rest)
     spec, model = wire(config)
-    report, actor = Report("actor", options), config.actor
+    actor = config.actor
     groups, num_envs = actor.lanes_per_actor, actor.envs_per_lane
     kinds = ((1, groups * num_envs), (groups, num_envs))
     alone = {f"alone, {n} x {B} envs": AloneProcess(config, n, B) for n, B in kinds}
@@ -174,6 +174,7 @@ def main() -> None:
         "actor": ActorProcess(config, spec, model, Random()),
         "actor, its net evaluated": ActorProcess(config, spec, model, Seeing()),
     }
+    report = Report("actor", options)  # which asks for the GPU: after all forks
     results: dict[str, list[dict]] = {name: [] for name in alone | acting}
     systems = list((alone | acting).items())
     for repeat in range(-1, options.repeats):  # the first time is for warming up

@@ -296,6 +296,10 @@ def test_passes_stop_behind_the_step_that_went_too_far():
     assert metrics["loss/explained_variance"]().isfinite()
     stopped.update(Given(rollout))
     assert stopped.updates > steps  # the next rollout is begun
+    in_parts = built(replace(config, target_kl=target))
+    in_parts.descend.parts = 2  # as where memory has run out
+    in_parts.update(Given(rollout))
+    assert in_parts.updates == steps
 
 
 def test_schedules_follow_env_steps():
@@ -506,6 +510,9 @@ def test_settings_that_cannot_be_are_refused():
             PPOConfig(**wrong)
     with pytest.raises(ValueError, match="expected clip_rho of at least 0"):
         A2CConfig(clip_rho=-1.0)
+    A2CConfig(clip_rho=0.5)
+    with pytest.raises(ValueError, match="expected clip_rho of at least 1 for vtrace"):
+        A2CConfig(clip_rho=0.5, estimator="vtrace")
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])

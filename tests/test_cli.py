@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from asyncrl import cli, folder, memory, supervisor
-from asyncrl.folder import Refused, RunFolder, git_revision
+from asyncrl.folder import Refused, RunFolder
 from asyncrl.plan import Plan, prepare
 from tests.runs import REPOSITORY
 
@@ -481,6 +481,11 @@ def test_another_model_behind_the_same_function_is_refused(
     message = refusal(capfd, "train", launch_file, "x")
     assert "model.encoder.layers.0.0.bias.shape: [8] -> [9]" in message
     assert (runs / "x" / "launch.py").read_text() == own
+    launch_file.write_text(other := own + "# other words\n")
+    begin(runs, launch_file)
+    (kept,) = (runs / "x").glob("launch_until_*.py")
+    assert kept.read_text() == own and (runs / "x" / "launch.py").read_text() == other
+    assert kept.name in (runs / "x" / "events.log").read_text()
     (runs / "x" / "plan.json").unlink()  # with nothing to compare with it is the learner's word
     begin(runs, launch_file)
 
@@ -642,11 +647,3 @@ def test_a_reader_that_leaves_gets_no_traceback(runs):
     ended = subprocess.run(command, cwd=REPOSITORY, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert ended.stderr == "" and ended.returncode == 1
-
-
-def test_an_image_without_git_is_told_the_revision(monkeypatch):
-    own = git_revision()
-    monkeypatch.setenv("ASYNCRL_GIT", "v1-dirty")
-    assert git_revision() == "v1-dirty"
-    monkeypatch.setenv("ASYNCRL_GIT", "")  # as compose passes what is not set
-    assert git_revision() == own

@@ -41,7 +41,7 @@ def test_on_policy(name, stack, tmp_path):
     box.collect()
     rollout = box.next_rollout()
     plain, compiled = (
-        LearnerConfig(compile=on).build(config, box.make_model()) for on in (False, True)
+        LearnerConfig("cpu", compile=on).build(config, box.make_model()) for on in (False, True)
     )
     for env_steps in (0, 100, 200, 300, 1_000):
         metrics = []
@@ -60,7 +60,8 @@ def test_on_policy(name, stack, tmp_path):
 @pytest.mark.parametrize("changes", [{"n_step": 2, "double": True}, {"munchausen": 0.9}], ids=str)
 def test_dqn(changes):
     plain, compiled = (
-        LearnerConfig(compile=on).build(replace(CONFIG, **changes), Table()) for on in (False, True)
+        LearnerConfig("cpu", compile=on).build(replace(CONFIG, **changes), Table())
+        for on in (False, True)
     )
     rng = torch.Generator().manual_seed(0)
     for _ in range(5):
@@ -78,7 +79,7 @@ def test_dqn(changes):
 def test_two_teams_are_one():
     """What is compiled for one thread would have to be for the other too."""
     threads = torch.get_num_threads()
-    algorithm = LearnerConfig(compile=True).build(CONFIG, Table())
+    algorithm = LearnerConfig("cpu", compile=True).build(CONFIG, Table())
     algorithm.teams.use(2)
     assert algorithm.teams.count == 1
     torch.set_num_threads(threads)

@@ -81,6 +81,7 @@ def make_plan(memory=1_000_000_000, disk=0, num_actors=4, vectorization="sync") 
     config = {
         "env": {"vectorization": vectorization},
         "actor": {"envs_per_lane": 100, "lanes_per_actor": 2},
+        "algorithm": {"replay": {"learning_starts": 0}},
     }
     return Plan(
         config=config, spec={}, weights={}, memory=[["replay", memory]], disk_nbytes=disk,
@@ -136,6 +137,10 @@ def test_memory_verdicts(tmp_path, monkeypatch):
         assert check.verdict == verdict and "1.00 GB" in check.lines[0]
         assert "1.000 GB  replay" in check.lines[1]
         assert ("lower --algorithm.replay.capacity" in check.remedy) == (verdict != "ok")
+    without = make_plan()
+    del without.config["algorithm"]["replay"]
+    remedy = preflight.memory(without, 10**8).remedy
+    assert remedy == "lower --actor.num-actors or --actor.envs-per-lane"
     monkeypatch.setattr(preflight, "container_memory", lambda: 5 * 10**8)
     with pytest.raises(Refused) as refused:
         preflight.preflight(make_plan(), tmp_path, available=10**10)

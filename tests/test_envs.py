@@ -419,6 +419,8 @@ def test_seeds_differ_by_lane_and_generation():
         (atari(kwargs={"stack_num": 4}), "expected stack_num=1, got 4"),
         (atari(atari={"reward_clipping": True}), "expected reward_clipping=False"),
         (atari(kwargs={"episodic_life": True}), "expected episodic_life=False"),
+        (atari(protocol="none", kwargs={"episodic_life": True}), "expected episodic_life=False"),
+        (atari(protocol="none", kwargs={"reward_clipping": True}), "expected reward_clipping=Fal"),
         (atari(kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}), "NEXT_STEP, got"),
         (atari(kwargs={"batch_size": 1}), "in batches of 1"),
         (EnvConfig("CartPole-v1", max_idle_steps=-1), "0 or more"),
@@ -660,3 +662,51 @@ def test_a_wrapped_atari_vector_env_keeps_its_lives(make):
 def test_sync_callables_are_vector_envs_too(make):
     group = make(EnvConfig(lambda n: SyncVectorEnv([counting_env.make_one] * n)), 2)
     assert group.reset(4)[:, 0].tolist() == [4, 5]
+
+
+def test_rewards_of_atari_are_whole_without_a_protocol_too(make):
+    plain = atari(protocol="none", kwargs={"stack_num": 2}).resolved()
+    assert plain.kwargs == {"stack_num": 2, "reward_clipping": False, "episodic_life": False}
+    group = make(EnvConfig("ALE/MsPacman-v5", protocol="none"), 2)
+    group.reset(0)
+    rewards = set()
+    for _ in range(150):
+        group.send(np.array([2, 3]))
+        rewards.update(group.recv().reward.tolist())
+    assert max(rewards) >= 10  # of each pill
+    assert group.observation_space.shape == (4, 84, 84)  # ALE's own stack is as it is
+    group.close()
+
+
+def test_a_reset_for_standing_still_takes_no_other_ones_word_that_its_game_goes_on(make):
+    """Gymnasium's info of a reset of some environments says False for all others."""
+
+    class Lives(gym.Env):
+        observation_space, action_space = spaces.Box(0, 9, (1,)), spaces.Discrete(2)
+
+        def __init__(self, standing):
+            self.standing = standing
+
+        def reset(self, *, seed=None, options=None):
+            self.count = 0
+            return np.zeros(1, np.float32), {"game_goes_on": False}
+
+        def step(self, action):
+            self.count += 1
+            ended = not self.standing and self.count == 3
+            reward = 0.0 if self.standing else 1.0
+            return np.zeros(1, np.float32), reward, ended, False, {"game_goes_on": ended}
+
+    def vector(num_envs):
+        lives = [lambda env=env: Lives(env == 1) for env in range(num_envs)]
+        return SyncVectorEnv(lives, autoreset_mode=AutoresetMode.NEXT_STEP)
+
+    group = make(EnvConfig(vector, max_idle_steps=2), 2)
+    group.reset(0)
+    ended = []
+    for _ in range(12):
+        group.send(np.zeros(2, int))
+        step = group.recv()
+        if step.game_over[0]:
+            ended.append(bool(step.goes_on[0]))
+    assert len(ended) == 3 and all(ended)

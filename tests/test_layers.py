@@ -27,7 +27,7 @@ LAYERS = [
         "metrics",
         "logs",
     }
-    | {"segments", "checkpoint"},
+    | {"segments", "checkpoint", "provenance"},
     {"algorithms"},
     {"actor", "learner", "learner_config", "replay_stream", "throttle", "threads"}
     | {"evaluate", "guards", "resume"},

@@ -717,6 +717,13 @@ def test_without_normalisers_nothing_moves():
 # -- what cannot be ------------------------------------------------------------------------------
 
 
+def test_half_a_float_is_too_few_for_an_action():
+    """Rounded, it is not the one whose log-probability was worked out."""
+    half = spaces.Box(-1, 1, (2,), np.float16)
+    with pytest.raises(ValueError, match="expected actions of float32 or float64, got Box"):
+        try_model(ModelConfig(head="actor_critic")(VECTOR, half), "actor_critic", VECTOR, half)
+
+
 def test_refusals():
     for space, frame_stack in ((spaces.Dict(PARTS), 2), (GREY, 0)):
         with pytest.raises(ValueError, match=f"frame_stack >= 1, .* got {frame_stack} for"):

@@ -66,6 +66,11 @@ class A2CConfig:
             entropy_coef=self.entropy_coef, reward_clip=self.reward_clip,
             clip_rho=self.clip_rho,
         )  # fmt: skip
+        if self.estimator == "vtrace" and self.clip_rho < 1:
+            raise ValueError(
+                f"expected clip_rho of at least 1 for vtrace, got {self.clip_rho}: TD errors may "
+                "not be cut off lower than the ratios that carry them back, which are at 1"
+            )
         check_gradient_settings(self.learning_rate, self.max_grad_norm, self.optimizer_eps)
 
     def policy(self) -> Sample:

@@ -8,7 +8,6 @@ Rainbow (Hessel et al. 2018). QR-DQN and IQN: Dabney et al. 2018. Munchausen: Vi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from asyncrl.algorithms import value_distributions as vd
 from asyncrl.algorithms.dqn_config import DQNConfig, is_recurrent
-from asyncrl.algorithms.gradient import GradientStep
+from asyncrl.algorithms.gradient import GradientStep, frozen_copy
 from asyncrl.algorithms.returns import n_step_return
 from asyncrl.algorithms.teams import Teams
 from asyncrl.models.layers import noisy_layers
@@ -76,7 +75,7 @@ class DQN:
     def __init__(self, config: DQNConfig, model: nn.Module, device: torch.device):
         self.config, self.device = config, device
         self.model = model.to(device)
-        self.target = deepcopy(self.model).requires_grad_(False)
+        self.target = frozen_copy(self.model)
         self.average = get_ema_multi_avg_fn(1 - config.polyak)
         self.target_parameters = list(self.target.parameters())
         self.buffers = list(zip(self.target.buffers(), self.model.buffers(), strict=True))
@@ -258,8 +257,9 @@ class DQN:
 
     def _to_device(self, sample: Any) -> Any:
         """All but the index, which is the replay's."""
+        onto_gpu = self.device.type == "cuda"  # from one, nobody would wait for the numbers
         rest = sample._replace(index=())
-        return tree_map(lambda part: part.to(self.device, non_blocking=True), rest)
+        return tree_map(lambda part: part.to(self.device, non_blocking=onto_gpu), rest)
 
     @torch.no_grad()
     def _move_target(self) -> None:

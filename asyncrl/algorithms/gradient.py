@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,15 @@ OptimizerName = Literal["adam", "rmsprop"]
 Metrics = dict[str, Tensor | Callable[[], Tensor]]
 NOT_SKIPPED, SKIPPED = torch.tensor(0.0), torch.tensor(1.0)
 LATE = 1e6  # steps, behind which Adam corrects no bias of its moments any more
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """The same weights, which nothing is learned for."""
+    copy = deepcopy(model).requires_grad_(False)
+    for module in copy.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()  # or cuDNN copies all weights at each call
+    return copy
 
 
 class GradientStep:

@@ -205,14 +205,16 @@ class PPO:
         metrics: Metrics = {}
         skipped: list[Tensor] = []
         for _ in range(config.epochs):
-            order = torch.randperm(pieces, generator=self.generator).to(self.device)
+            order = torch.randperm(pieces, generator=self.generator)
+            order = order.to(self.device, non_blocking=True)
             shuffled = [column[:, order].split(size, 1) for column in columns]
             for index, *chosen in zip(order.split(size), *shuffled, strict=True):
                 metrics = self._step(inputs[index], *chosen, store.limiter.inserted)
                 skipped.append(metrics["loss/skipped"])
                 if self.beat():
                     break
-                if config.target_kl and metrics["loss/kl"]() > config.target_kl:
+                kl = metrics["loss/kl"]  # a number already where it was made in parts
+                if config.target_kl and (kl() if callable(kl) else kl) > config.target_kl:
                     break
             else:
                 continue

@@ -149,5 +149,10 @@ def _expected(head: Any, space: spaces.Space) -> dict[str, tuple[int, ...]]:
     if isinstance(space, spaces.MultiDiscrete | spaces.MultiBinary):
         counts = space.nvec.flatten() if isinstance(space, spaces.MultiDiscrete) else [2]
         return {"value": (), "logits": (*space.shape, int(max(counts)))}
+    if space.dtype.itemsize < 4:
+        raise ValueError(
+            f"expected actions of float32 or float64, got {space}: rounded to {space.dtype} an "
+            "action is not the one whose log-probability is known; give the Box another dtype"
+        )
     names = ("mean", "log_std", "low", "high")
     return {"value": ()} | {name: tuple(space.shape) for name in names}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 from typing import Any, Literal
 
 import torch
@@ -12,10 +14,29 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 
 def device_called(name: str) -> torch.device:
-    """A device by torch's name; "auto": the GPU where there is one."""
+    """A device by torch's name; "auto": the GPU where there is one that works."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if _gpu_works() else "cpu"
     return torch.device(name)
+
+
+@functools.cache
+def _gpu_works() -> bool:
+    if not torch.cuda.is_available():
+        return False
+    if trouble := gpu_trouble():
+        print(f"asyncrl: the GPU is not used: {trouble}", file=sys.stderr)
+    return not trouble
+
+
+def gpu_trouble() -> str:
+    """Why a GPU that is there cannot be used: the driver is too old for this torch, or torch for
+    it; "" where it can."""
+    try:
+        torch.zeros(1, device="cuda").add_(1).item()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).partition("\n")[0]
+    return ""
 
 
 def computes_in_bfloat16(precision: Precision, device: torch.device, model: nn.Module) -> bool:

@@ -49,6 +49,7 @@ def fits_on_gpu(device, nbytes: int) -> bool:
     """Whether a replay of that size fits beside the nets into what a CUDA device has free."""
     import torch
 
+    torch.cuda.empty_cache()  # which would count as taken
     free, _ = torch.cuda.mem_get_info(device)
     return nbytes < 0.8 * free
 

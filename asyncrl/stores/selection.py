@@ -122,10 +122,10 @@ class Selection:
         proposals = torch.randint(
             int(lane_ends[-1]), (4 * num + 16,), generator=self.generator, device=device
         )
-        lane_ends = torch.as_tensor(lane_ends, device=device)
+        opens, lane_ends, oldest = _sent([lane_ends - live, lane_ends, oldest], device)
         lane = torch.bucketize(proposals, lane_ends, right=True)
-        within = proposals - (lane_ends[lane] - torch.as_tensor(live, device=device)[lane])
-        number = torch.as_tensor(oldest, device=device)[lane] + within // B
+        within = proposals - opens[lane]
+        number = oldest[lane] + within // B
         env = within % B
         good = self.drawable[self.circle.flat(lane, number), env]
         chosen = torch.argsort((~good).to(torch.uint8), stable=True)[:num]
@@ -136,14 +136,14 @@ class Selection:
         place, priority = self.tree.sample(num, self.generator)
         row, env = place // self.circle.num_envs, place % self.circle.num_envs
         lane, place = row // self.circle.rows, row % self.circle.rows
-        newest = torch.as_tensor(ends, device=place.device)[lane] - 1
+        newest = _sent(ends, place.device)[lane] - 1
         return Index(lane, newest - (newest - place) % self.circle.rows, env), priority
 
     # -- write-backs -----------------------------------------------------------------------------
 
     def is_live(self, index: Index, ends: list[int]) -> Tensor:
         """(N,): whether what was drawn still is where it was."""
-        oldest = torch.tensor([end - self.circle.rows for end in ends], device=self.circle.device)
+        oldest = _sent([end - self.circle.rows for end in ends], self.circle.device)
         return index.number >= oldest.index_select(0, index.lane)
 
     def update(self, index: Index, td_error: Tensor, ends: list[int]) -> None:
@@ -180,3 +180,8 @@ class Selection:
             saved = torch.where(saved > 0, saved, self.largest) if same else self.largest
             self.priority.copy_(torch.where(self.drawable, saved, 0.0))
             self.tree.refresh(0, self.tree.size)
+
+
+def _sent(numbers: Any, device: torch.device) -> Tensor:
+    """A few integers on a device, without waiting for what it still has to do."""
+    return torch.from_numpy(np.array(numbers, np.int64)).to(device, non_blocking=True)
