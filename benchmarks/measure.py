@@ -69,7 +69,7 @@ class Report:
 
     def __init__(self, name: str, options: argparse.Namespace):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it started is ended
-        from asyncrl.folder import git_revision
+        from asyncrl.provenance import git_revision
 
         self.name, self.options, self.hardware = name, options, hardware()
         self.revision = git_revision()  # as it begins: the tree may move on
