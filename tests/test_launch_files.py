@@ -34,20 +34,47 @@ OTHERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("launch_file", LAUNCH_FILES, ids=lambda path: path.stem)
-def test_launch_file_learns_a_little(launch_file: Path, tmp_path):
-    """In few env steps and small batches, which take seconds on a CPU where they are large."""
+def small(launch_file: Path) -> dict:
+    """Options for few env steps and small batches, which take seconds on a CPU as they are."""
     images = launch_file.stem.startswith(("breakout", "pong"))
     if "ReplayConfig" in launch_file.read_text():
         sizes = REPLAY | (REPLAY_OF_IMAGES if images else {})
     else:
         sizes = ROLLOUT | (FEW_IMAGES if images else {})
-    sizes = SMALL | sizes | OTHERS.get(launch_file.stem, {})
-    options = [word for name, value in sizes.items() for word in (f"--{name}", value)]
-    metrics = read_metrics(train_serially(tmp_path, "small", launch_file, options))
+    return SMALL | sizes | OTHERS.get(launch_file.stem, {})
+
+
+def learn(runs: Path, launch_file: Path, options: dict) -> dict:
+    """The last row of metrics of a run, begun or gone on with."""
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    metrics = read_metrics(train_serially(runs, "small", launch_file, words))
     last = {name: values[-1] for name, values in metrics.items()}
-    assert last["env_steps"] >= sizes["total-env-steps"]
+    assert last["env_steps"] >= options["total-env-steps"]
     assert last["updates"] > 0 and last["loss/grad_norm"] > 0 and last["loss/skipped"] == 0
+    return last
+
+
+@pytest.mark.parametrize("launch_file", LAUNCH_FILES, ids=lambda path: path.stem)
+def test_launch_file_learns_a_little(launch_file: Path, tmp_path):
+    learn(tmp_path, launch_file, small(launch_file))
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("devices", ["cpu cpu", pytest.param("cuda cuda cpu", marks=needs_gpu),
+                                     pytest.param("cpu cuda cuda", marks=needs_gpu)])  # fmt: skip
+@pytest.mark.parametrize("name", ["gridworld_dqn", "tiny_breakout_dqn", "masked_cartpole_ppo"])
+def test_it_goes_on_on_another_device(name, devices, tmp_path):
+    """Acting and learning, with a memory and with priorities or without."""
+    launch_file = REPOSITORY / "launch" / f"{name}.py"
+    updates, options = 0, small(launch_file)
+    for device in devices.split():
+        both = {"learner.device": device, "actor.device": device}
+        last = learn(tmp_path, launch_file, options | both)
+        assert last["updates"] > updates
+        updates = last["updates"]
+        options["total-env-steps"] += 400
 
 
 @pytest.mark.parametrize("launch_file", LAUNCH_FILES, ids=lambda path: path.stem)
