@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from asyncrl.children import CHILD_ENVIRONMENT
+from asyncrl.children import CHILD_ENVIRONMENT, signal_name
 from asyncrl.disk import CheckpointError, write_atomically
 from asyncrl.plan import EXIT_FAILED, EXIT_REFUSED, Plan
 from asyncrl.provenance import provenance, say_what_changed
@@ -351,7 +351,7 @@ def prepare_in_child(launch_file: Path, original: Path, options: list[str]) -> P
         status = EXIT_REFUSED
     elif status < 0 and -status not in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         say(f"expected a plan of {original}, but the process that makes it was ended by "
-            f"{signal.Signals(-status).name}; SIGKILL often means too little memory: see dmesg, "
+            f"{signal_name(-status)}; SIGKILL often means too little memory: see dmesg, "
             "then start it again")  # fmt: skip
         status = EXIT_FAILED
     raise SystemExit(status if status >= 0 else 128 - status)

@@ -51,16 +51,18 @@ def health(
         status = life.phase.fields.get("status", "?")
         words = f"ended with status {status}, {_ago(now - life.phase.time)}"
         return Health(str(status) == "0", words)
-    begun = life.phase.time if life.phase else -1e18
-    latest = max(row.get("time", -1e18), begun)
+    moments = row.get("time", -1e18), life.phase.time if life.phase else -1e18
+    # Of what is to come nothing is known: the clock was set back since.
+    told, begun = (moment if moment < now + SILENT_SECONDS else -1e18 for moment in moments)
+    latest = max(told, begun)
     never = "no row of metrics yet" if latest < 0 else f"last heard of {_ago(now - latest)}"
     if life.phase and not held:
         words = "killed: no process holds its folder; start it again to resume it"
         return Health(False, f"{never}, {words}")
     if now - latest > max(SILENT_SECONDS, 3 * log_seconds):
         return Health(False, f"{never}: not started, stuck or killed; see events.log")
-    if row.get("time", -1e18) < begun:
-        return Health(True, f"starting since {now - begun:.0f} s")
+    if told < begun:
+        return Health(True, f"starting since {max(0, now - begun):.0f} s")
     words = [f"heard of {_ago(now - latest)}", counted(row.get("actors/alive", 0), "actor")]
     memory = sum(value for name, value in row.items() if name in _MEMORY)
     words += [f"{memory / 1e3:.2f} GB"] if memory else []

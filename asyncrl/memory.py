@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from asyncrl.folder import Refused
 from asyncrl.plan import Plan
-from asyncrl.transport.ring import Ring
+from asyncrl.transport.ring import Ring, Word
 from asyncrl.transport.shared_memory import Doorbell, Segment
 from asyncrl.transport.status import STATUS_BYTES, Status
 from asyncrl.transport.weights import WeightsBuffer
@@ -51,6 +51,18 @@ class Memory:
     @property
     def nbytes(self) -> int:
         return sum(segment.nbytes for segment in (*self.segments.values(), *self.lanes))
+
+    def rings_of(self, actor: int) -> list[Ring]:
+        """Its lanes."""
+        lanes = len(self.rings) // len(self.actor_bells)
+        return self.rings[actor * lanes : (actor + 1) * lanes]
+
+    def last_beat(self, role: str, index: int) -> float:
+        """When a process last said that it is alive, in seconds."""
+        if role == "actor":
+            return self.rings_of(index)[0].read(Word.BEAT) / 1e9
+        word = Status.EVALUATOR_BEAT if role == "evaluator" else Status.LEARNER_BEAT
+        return int(self.status.words[word]) / 1e9
 
     def ask_to_stop(self) -> None:
         """Set the word that says so, and wake everybody."""

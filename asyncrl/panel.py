@@ -23,13 +23,14 @@ from asyncrl.metrics import counted, percent
 
 PLAIN_PERIOD_SECONDS = 10
 READ_NBYTES = 8 << 20  # at a time: after a week there are many
+MAX_RETURNS = 4_000  # kept: then every second one is dropped, and of those to come
 COLORS = {  # of time shares: work is cool, waiting is warm
     "update": "cyan", "env": "cyan", "inference": "blue", "sync": "blue", "publish": "magenta",
     "pull": "magenta", "wait": "yellow", "checkpoint": "green", "log": "white",
 }  # fmt: skip
 EVENT_COLORS = {
     ("death", "gave-up", "refused", "stuck", "error"): "red",
-    ("restart", "stopping", "warning"): "yellow",
+    ("restarted", "stopping", "warning"): "yellow",
 }
 LOSSES = (  # of what is learned, as far as a row has them; their order is that on the screen
     ("loss/q", "Q loss"), ("loss/policy", "policy"), ("loss/value", "value"),
@@ -98,7 +99,8 @@ class Panel:
     def _forget(self) -> None:
         self.row, self._unshown = {}, False
         self.evaluation: tuple[float, float] | None = None  # (env_steps, return)
-        self.returns: list[float] = []
+        self.returns: list[float] = []  # evenly spaced
+        self.last_return, self._num_returns, self._return_period = math.nan, 0, 1
         self._progress: deque[tuple[float, float]] = deque(maxlen=30)  # (elapsed s, env steps)
 
     def refresh(self) -> None:
@@ -163,7 +165,12 @@ class Panel:
         self.row, self._unshown = row, True
         self._progress.append((row.get("elapsed_seconds", 0.0), row.get("env_steps", 0)))
         if "episode/return" in row:
-            self.returns.append(row["episode/return"])
+            self.last_return = row["episode/return"]
+            self._num_returns += 1
+            if self._num_returns % self._return_period == 0:
+                self.returns.append(self.last_return)
+            if len(self.returns) > MAX_RETURNS:
+                self.returns, self._return_period = self.returns[1::2], 2 * self._return_period
         if "eval/return" in row:
             self.evaluation = row.get("eval/env_steps", row.get("env_steps", 0)), row["eval/return"]
 
@@ -246,7 +253,7 @@ class Panel:
             if restarts := sum(v for name, v in row.items() if name.endswith("/restarts")):
                 text.append(f" · restarts {restarts:.0f}", "yellow")
 
-        now = number(self.returns[-1]) if self.returns else "no episode has ended yet"
+        now = number(self.last_return) if self.returns else "no episode has ended yet"
         text = Text.assemble((sparkline(self.returns, width // 2), "green"), "  ", (now, "bold"))
         learning.append(("return", text))
         if self.returns and "episodes" in row:

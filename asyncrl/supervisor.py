@@ -16,23 +16,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from asyncrl.children import Child, children_of, last_words, open_log, reap_strangers, usage_by_role
+from asyncrl.children import Child, children_of, end_all, reap_strangers, usage_by_role
 from asyncrl.folder import Refused, RunFolder, leaving_at_once, newest_checkpoint, say
 from asyncrl.logs import EventLog
 from asyncrl.memory import Memory
 from asyncrl.plan import EXIT_FAILED, EXIT_REFUSED, Plan
 from asyncrl.preflight import preflight
 from asyncrl.template import Template
-from asyncrl.transport.ring import Ring, Word
+from asyncrl.transport.ring import Word
 from asyncrl.transport.status import Status
 
 STOP_SECONDS = 17.0  # for a checkpoint, after the first signal; 20 are promised for the exit
-GRACE_SECONDS, KILL_SECONDS = 2.0, 2.0  # for the others to end by themselves; to be gone
+GRACE_SECONDS = 2.0  # for the others to end by themselves
 START_SECONDS, ACTOR_SECONDS, LEARNER_SECONDS = 120.0, 9.0, 300.0  # silence; looked at each second
 PAUSED_SECONDS = 5.0  # between two looks: this process itself was not there
 MAX_RESTARTS, RESTART_WINDOW_SECONDS = 5, 600.0
 MAX_RESTARTS_IN_VAIN = 10  # in any time, without anything done in between
-BACK_OFF_SECONDS, MAX_BACK_OFF_SECONDS = 0.5, 30.0
+PATIENCE_SECONDS = 1800.0  # with one that has worked: what it needs may be away for a while
+BACK_OFF_SECONDS, MAX_BACK_OFF_SECONDS = 0.5, 300.0
 PROVEN_UNROLLS = 10  # of each lane: an actor that has made them does not fail at its start
 USAGE_SECONDS = 5.0  # between two looks at what the processes take
 
@@ -99,12 +100,13 @@ class Supervisor:
         self.run_folder = run
         self.events = EventLog(folder / "events.log")
         self.memory = memory or Memory(plan)
-        self.status, self.rings, self.fds = self.memory.status, self.memory.rings, self.memory.fds
+        self.status, self.fds = self.memory.status, self.memory.fds
         self.children = children_of(plan)
         self.signals: list[int] = []
         self.stop_deadline: float | None = None
         self.grace_seconds = GRACE_SECONDS
         self.exit_status: int | None = None
+        self.failed = 0  # the status, where the run cannot go on
         self.last_words: list[str] = []  # to the user, when the screen is closed
         self.usage_at, self.looked_at = 0.0, time.monotonic()
 
@@ -145,8 +147,11 @@ class Supervisor:
         return self.exit_status
 
     def _hear(self, number: int, frame: Any) -> None:
-        # A terminal that closes sends SIGHUP twice, by the shell and by the kernel: once is meant.
-        if number != signal.SIGHUP or not self.signals:
+        # A terminal that closes sends SIGHUP twice, by the shell and by the kernel, and SIGTERM may
+        # follow, as at the end of a user's session: once is meant.
+        if self.signals == [signal.SIGHUP]:
+            self.signals = [number]
+        elif number != signal.SIGHUP or not self.signals:
             self.signals.append(number)
 
     def _sleep(self, wake: socket.socket) -> None:
@@ -158,7 +163,7 @@ class Supervisor:
                 poll.register(child.process.pidfd, select.POLLIN)
         due = (child.restart_at for child in self.children if not child.gone)
         soon = [at for at in due if at is not None]
-        if not self.template.is_ready():
+        if not self.template.is_ready() or any(child.is_ending for child in self.children):
             soon = []
             if self.template.connection is not None:
                 poll.register(self.template.connection, select.POLLIN)
@@ -181,45 +186,36 @@ class Supervisor:
         """Where it dies, those it has made live on; a run that needs it and cannot have it ends."""
         template = self.template
         template.keep(self.events, _back_off(template.failed + 1))
-        learns = any(child.process is not None for child in self.children if child.learns)
-        if template.failed > MAX_RESTARTS and not learns:
-            self.last_words += template.last_words, "the run cannot go on: nothing can be forked"
-            self.exit_status = EXIT_FAILED
+        idle = not (self._learns() and self._num_acting())
+        if template.failed > MAX_RESTARTS and idle and self.stop_deadline is None:
+            self._fail(template.last_words, "the run cannot go on: nothing can be forked")
 
     def _start(self, child: Child) -> None:
         generation, again = child.generation + 1, child.started > 0
-        child.restart_at = None
-        child.work_at_start = self._work(child)
-        self.status.words[Status.DONE] &= not child.learns
+        child.restart_at, child.work_at_start = None, self._work(child)
+        if child.learns:
+            self.status.words[Status.DONE] = 0
         if child.role == "actor":
-            self._rings_of(child)[0].words[Word.BEAT] = 0
+            self.memory.rings_of(child.index)[0].words[Word.BEAT] = 0
         word = {"actor": Status.RESTARTS, "evaluator": Status.EVALUATOR_RESTARTS}
         self.status.words[word.get(child.role, Status.LEARNER_RESTARTS)] += again
         arguments = [child.role, str(child.index), str(self.folder), str(os.getpid())]
-        with open_log(self._log_of(child)) as log:
+        with child.open_log(self.folder) as log:
             child.process = self.template.fork([*arguments, str(generation)], self.fds, log)
         child.generation, child.started, child.refused = generation, time.monotonic(), 0
-        verb = "restarted" if again else "started"
-        self.events.event(
-            verb, f"{child.name} {verb}", pid=child.process.pid, generation=child.generation
-        )
-
-    def _log_of(self, child: Child) -> Path:
-        return self.folder / "logs" / f"{child.name.replace(' ', '_')}.log"
-
-    def _rings_of(self, child: Child) -> list[Ring]:
-        lanes = self.plan.num_lanes // self.plan.num_actors
-        return self.rings[child.index * lanes : (child.index + 1) * lanes]
+        verb, pid = "restarted" if again else "started", child.process.pid
+        self.events.event(verb, f"{child.name} {verb}", pid=pid, generation=generation)
 
     def _bury_the_dead(self) -> None:
         for child in self.children:
             if child.process is None or child.process.poll() is None:
                 continue
             code = child.process.returncode
-            self._forget_process(child)
-            done = child.learns and self.status.words[Status.DONE]
-            if done:
-                child.gone, self.exit_status = True, 128 + self.signals[0] if self.signals else 0
+            child.bury()
+            if child.restart_at is not None:  # it was killed to begin anew
+                continue
+            if child.learns and self.status.words[Status.DONE]:
+                child.gone, self.exit_status = True, self._status_at_end()
                 if code:  # as libraries may fail at the very end
                     self._report_death(child, code)
             elif self.stop_deadline is not None or (child.learns and code == EXIT_REFUSED):
@@ -234,16 +230,10 @@ class Supervisor:
         known = {child.process.pid for child in self.children if child.process is not None}
         reap_strangers(known | {self.template.pid})
 
-    def _forget_process(self, child: Child) -> None:
-        child.process.bury()
-        child.process = None
-
     def _report_death(self, child: Child, code: int) -> str:
-        text = last_words(self._log_of(child))
-        cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        cause += f": {text.splitlines()[-1]:.300}" if code > 0 and text else ""
-        self.events.event("death", f"{child.name} died: {cause}\n{text}".strip())
-        return f"{child.name} died: {cause}\n{text}"
+        text = child.obituary(self.folder, code)
+        self.events.event("death", text)
+        return text
 
     def _mourn(self, child: Child, code: int) -> None:
         """Decide what becomes of a run whose child died unasked."""
@@ -251,34 +241,28 @@ class Supervisor:
         now = time.monotonic()
         if self._has_worked(child):
             child.deaths.clear()
+            child.proven = True
         child.deaths.append(now)
-        lately = sum(now - at < RESTART_WINDOW_SECONDS for at in child.deaths)
-        back_off = _back_off(lately)
-        if lately > MAX_RESTARTS or len(child.deaths) > MAX_RESTARTS_IN_VAIN:
+        if _is_hopeless(child, now):
             child.gone = True
-            for ring in self._rings_of(child) if child.role == "actor" else []:
+            for ring in self.memory.rings_of(child.index) if child.role == "actor" else []:
                 ring.words[Word.GONE] = 1
             minutes = (now - child.deaths[0]) / 60
             times = f"{len(child.deaths)} times in {minutes:.0f} minutes and got nothing done"
             self.events.event("gave-up", f"{child.name} died {times}; not restarted")
-            actors = [other for other in self.children if other.role == "actor"]
+            last = all(other.gone for other in self.children if other.role == "actor")
             turn_based = self.plan.schedule != "async"
-            needed = child.learns or (child.role == "actor" and turn_based)
-            if needed or (child.role == "actor" and all(other.gone for other in actors)):
-                where = f"see {self.folder / 'events.log'}"
-                self.last_words += report, f"the run cannot go on without {child.name}; {where}"
-                self.exit_status = EXIT_FAILED
+            if child.learns or (child.role == "actor" and (last or turn_based)):
+                self._fail(report, f"the run cannot go on without {child.name}")
         elif self.plan.schedule == "async" or child.role == "evaluator":
-            child.restart_at = now + back_off
+            child.restart_at = now + _back_off(len(child.deaths))
         else:
             # Turns must be exact: all go back to the last periodic checkpoint together.
             for other in self.children:
                 if other.process is not None and other.role != "evaluator":
-                    other.process.kill()
-                    other.process.wait(KILL_SECONDS)
-                    self._forget_process(other)
+                    other.kill()
                 if other.role != "evaluator":
-                    other.restart_at, other.generation = now + back_off, -1
+                    other.restart_at, other.generation = now + _back_off(len(child.deaths)), -1
             self.memory.clear()
 
     def _work(self, child: Child) -> int:
@@ -286,8 +270,11 @@ class Supervisor:
         if child.role == "evaluator":
             return int(self.status.numbers[Status.EVALUATION.index("eval/env_steps")])
         if child.role == "actor" and self.plan.schedule == "async":
-            return min(ring.read(Word.HEAD) for ring in self._rings_of(child))
-        return newest_checkpoint(self.folder)
+            return min(ring.read(Word.HEAD) for ring in self.memory.rings_of(child.index))
+        try:
+            return newest_checkpoint(self.folder)
+        except OSError:  # of a disk that is away nothing new is known
+            return child.work_at_start
 
     def _has_worked(self, child: Child) -> bool:
         """Whether it got on since its start: its earlier deaths are then forgiven, and one that
@@ -297,6 +284,8 @@ class Supervisor:
 
     def _start_the_due(self) -> None:
         now = time.monotonic()
+        if any(child.is_ending for child in self.children):
+            return  # there must not be two of one
         for child in self.children:
             if not self.template.is_ready():
                 return
@@ -316,23 +305,19 @@ class Supervisor:
         for child in self.children:
             if now - before > PAUSED_SECONDS:  # a container's pause, a virtual machine's
                 child.excused = now
-            silent = child.process and child.stuck_for(*self._last_beat(child), START_SECONDS)
+            beat = self.memory.last_beat(child.role, child.index)
+            limit = ACTOR_SECONDS if child.role == "actor" else LEARNER_SECONDS
+            silent = child.process and child.stuck_for(beat, limit, START_SECONDS)
             if not silent:
                 continue
             self.events.event("stuck", f"{child.name} is stuck: no heartbeat for {silent:.0f} s",
                               pid=child.process.pid)  # fmt: skip
-            for number in (signal.SIGABRT, signal.SIGCONT):  # faulthandler writes the stacks
-                child.process.send_signal(number)
-            child.process.wait(1.0)
-            child.process.kill()
+            child.process.kill_with_stacks()
+            child.excused = now  # one that a disk holds up is not killed again each second
 
-    def _last_beat(self, child: Child) -> tuple[float, float]:
-        """(time of the last heartbeat, silence that means stuck), in seconds."""
-        if child.role == "actor":
-            beat = self._rings_of(child)[0].read(Word.BEAT)
-            return beat / 1e9, ACTOR_SECONDS
-        word = Status.EVALUATOR_BEAT if child.role == "evaluator" else Status.LEARNER_BEAT
-        return int(self.status.words[word]) / 1e9, LEARNER_SECONDS
+    def _learns(self) -> bool:
+        """Whether somebody is there to learn, and to save what was learned."""
+        return any(child.process is not None for child in self.children if child.learns)
 
     def _num_acting(self) -> int:
         """Actors that are alive; in `serial` all are in one process."""
@@ -347,23 +332,38 @@ class Supervisor:
         parents = [os.getpid(), self.template.pid]
         taken = usage_by_role(parents, self.children, self.memory.nbytes)
         self.status.usage[:] = [taken.get(name, 0.0) for name in Status.USAGE]
+        for child in self.children:
+            if words := child.process and child.cut_log(self.folder):
+                self.events.event("log", words)
 
     # -- stopping --------------------------------------------------------------------------------
 
     def _heed_signals(self) -> None:
-        now = time.monotonic()
         if self.signals and self.stop_deadline is None:
-            self.stop_deadline = now + STOP_SECONDS
-            name = signal.Signals(self.signals[0]).name
-            saves = self.plan.schedule == "async"  # elsewhere it would be a seam of its own
-            what = "checkpoint and exit" if saves else "exit; the last checkpoint stands"
-            self.events.event("stopping", f"{name}: {what}; a second one: at once")
-            self._ask_to_stop()
-            if all(child.process is None for child in self.children if child.learns):
-                self.exit_status = 128 + self.signals[0]
-        if len(self.signals) > 1 or (self.stop_deadline is not None and now > self.stop_deadline):
+            self._stop(signal.Signals(self.signals[0]).name)
+        late = self.stop_deadline is not None and time.monotonic() > self.stop_deadline
+        if len(self.signals) > 1 or late:
             why = "a second signal" if len(self.signals) > 1 else "no checkpoint in time"
-            self._end_at_once(why, 128 + self.signals[0])
+            self._end_at_once(why, self._status_at_end())
+
+    def _fail(self, report: str, why: str) -> None:
+        """End a run that cannot go on; what was learned is saved, as at any stop."""
+        self.failed = EXIT_FAILED
+        self.last_words += report, f"{why}; see {self.folder / 'events.log'}"
+        self._stop(why)
+
+    def _stop(self, why: str) -> None:
+        """Have the learner save, where one is there, and end."""
+        self.stop_deadline = time.monotonic() + STOP_SECONDS
+        saves = self.plan.schedule == "async" and self._learns()  # in turns it would be a seam
+        what = "checkpoint and exit" if saves else "exit; the last checkpoint stands"
+        self.events.event("stopping", f"{why}: {what}; a second signal: at once")
+        self._ask_to_stop()
+        if not self._learns():
+            self.exit_status = self._status_at_end()
+
+    def _status_at_end(self) -> int:
+        return self.failed or (128 + self.signals[0] if self.signals else 0)
 
     def _end_at_once(self, why: str, status: int) -> None:
         """Everything is killed: nobody may save any more, and no time is left."""
@@ -380,20 +380,21 @@ class Supervisor:
 
     def _end_all(self) -> None:
         """Nobody outlives the parent."""
-        alive = [child for child in self.children if child.process is not None]
         if self.grace_seconds:
             self._ask_to_stop()
-        deadline = time.monotonic() + self.grace_seconds
-        for child in alive:
-            child.process.wait(max(deadline - time.monotonic(), 0.0))
-        for child in alive:
-            child.process.kill()
-        deadline = time.monotonic() + KILL_SECONDS
-        for child in alive:
-            child.process.wait(max(deadline - time.monotonic(), 0.0))
-            self._forget_process(child)
+        end_all(self.children, self.grace_seconds)
+
+
+def _is_hopeless(child: Child, now: float) -> bool:
+    """Whether one that died once more is given up. What is wrong from the start comes to light
+    soon; one that has worked may lack for a while what it needs, a disk or a server."""
+    in_vain = len(child.deaths) > MAX_RESTARTS_IN_VAIN
+    if child.proven:
+        return in_vain and now - child.deaths[0] > PATIENCE_SECONDS
+    lately = sum(now - at < RESTART_WINDOW_SECONDS for at in child.deaths)
+    return in_vain or lately > MAX_RESTARTS
 
 
 def _back_off(deaths: int) -> float:
     """Seconds before a new start."""
-    return min(BACK_OFF_SECONDS * 2 ** (deaths - 1), MAX_BACK_OFF_SECONDS)
+    return min(BACK_OFF_SECONDS * 2 ** min(deaths - 1, 99), MAX_BACK_OFF_SECONDS)

@@ -27,7 +27,7 @@ from typing import BinaryIO, NoReturn
 
 from setproctitle import setproctitle
 
-from asyncrl.children import CHILD_ENVIRONMENT, Forked
+from asyncrl.children import CHILD_ENVIRONMENT, Forked, mark_offspring
 from asyncrl.foreign import leave
 from asyncrl.logs import EventLog
 from asyncrl.transport.shared_memory import adopt_orphans, die_with_parent
@@ -254,7 +254,8 @@ def be_child(arguments: list[str], fds: dict) -> NoReturn:
     os.close(log)
     os.close(go)
     np.random.seed()  # for environments that draw from it; `random` does so by itself
-    role, index, folder, *_ = arguments
+    role, index, folder, parent, *_ = arguments
+    mark_offspring(int(parent))
     folder = os.fsencode(folder).decode(errors="replace")
     setproctitle(f"asyncrl {role} {index} of {folder}")
     sys.argv[1:] = [*arguments, json.dumps(fds)]

@@ -48,6 +48,11 @@ START, SAVED = (500, "start", "run x started"), (100, "checkpoint", "checkpoint_
         (ROW | {"time": NOW - SILENT_SECONDS - 1}, [(9_000, "start", "begun")], False,
          "last heard of 5 min ago: not started, stuck or killed"),
         (ROW | {"time": NOW - 9_000}, [(9_900, "start", "begun")], False, "of 2 h 30 min ago"),
+        # The clock was set back by an hour.
+        (ROW, [(-3_500, "start", "begun")], True, "well: heard of 3 s ago, 2 actors"),
+        (ROW | {"time": NOW - 400}, [(-3_500, "start", "begun")], False, "last heard of 6 min ago"),
+        (ROW | {"time": NOW + 3_500}, [(-3_000, "start", "begun")], False, "stuck or killed"),
+        ({}, [(-3, "start", "begun")], True, "starting since 0 s"),
         (ROW, [START, (130, "end", "run x ended")], False, "ended with status 1, 2 min ago"),
         (ROW, [START, (130, "end", "run x ended", 0)], True, "ended with status 0, 2 min ago"),
     ],

@@ -35,6 +35,15 @@ def text_of(panel, width=80, height=24):
     return console.file.getvalue()
 
 
+def colored(folder) -> str:
+    panel = Panel(folder, 1_000_000, io.StringIO())
+    panel._read()
+    console = Console(width=80, height=24, file=io.StringIO(), force_terminal=True,
+                      color_system="standard")  # fmt: skip
+    console.print(panel.view(80, 24))
+    return console.file.getvalue()
+
+
 def test_tail_reads_complete_lines_once(tmp_path):
     tail = Tail(tmp_path / "log")
     assert tail.read() == ([], False)
@@ -54,6 +63,16 @@ def test_what_is_too_much_for_one_reading_is_read_on(tmp_path, monkeypatch):
     shown = Panel(tmp_path, 100, io.StringIO())
     shown.refresh()
     assert shown.returns == list(range(20))
+
+
+def test_of_many_returns_as_many_are_kept_as_can_be_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(panel_module, "MAX_RETURNS", 8)
+    panel = Panel(tmp_path, 100, io.StringIO())
+    for step in range(1, 101):
+        panel._take({"env_steps": step, "episode/return": float(step)})
+        assert len(panel.returns) <= 8
+    assert panel.returns == [16, 32, 48, 64, 80, 96]  # none of them closer to the next
+    assert "  100.0" in text_of(panel)
 
 
 @pytest.mark.parametrize("grown", ["", "3 other\n", "3 other\n4\n5\n6\n"])
@@ -84,7 +103,7 @@ def test_view_says_what_matters_within_80_by_24(tmp_path):
     log.write(ROW | {"time": time.time(), "eval/return": 33.0, "eval/env_steps": 200_000})
     log.write(ROW | {"time": time.time(), "env_steps": 500_000, "elapsed_seconds": 200.0})
     for i in range(9):
-        events.event("restart", f"actor {i} restarted [with brackets]")
+        events.event("restarted", f"actor {i} restarted [with brackets]")
     events.event("death", "actor 9 died: signal SIGKILL\nTraceback\n  more", pid=5)
     text = text_of(Panel(tmp_path / "breakout", 1_000_000, io.StringIO()))
     lines = text.splitlines()
@@ -99,6 +118,9 @@ def test_view_says_what_matters_within_80_by_24(tmp_path):
     ):  # fmt: skip
         assert words in text, words
     assert "actor 0" not in text and "Traceback" not in text
+    (death,) = [line for line in colored(tmp_path / "breakout").splitlines() if "9 died" in line]
+    (again,) = [line for line in colored(tmp_path / "breakout").splitlines() if "8 restart" in line]
+    assert "\x1b[31mdeath" in death and "\x1b[33mrestarted" in again  # red, yellow
     assert "last row" not in text
     losses = "losses      Q loss 0.0123 · mean Q 2.5 · variance 0.4"
     assert losses in text_of(Panel(tmp_path / "breakout", 1_000_000, io.StringIO()), height=30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -137,6 +138,53 @@ def test_a_run_outlives_its_template_and_what_a_killed_actor_leaves(tmp_path):
         run.wait_until(lambda: run.count("restarted", "actor 0"))
         assert not psutil.wait_procs(workers, timeout=10)[1], "zombies, or still alive"
         assert run.find("learner 0") == learner
+        run.signal(signal.SIGTERM)
+        assert run.finish()[0] == 143
+        assert not run.orphans()
+    finally:
+        run.kill_tree()
+
+
+SIMULATED = """
+import subprocess, sys
+import asyncrl, gymnasium as gym
+
+def make(num_envs):
+    if sys.argv[1:2] == ["actor"]:
+        subprocess.Popen(["sleep", f"99{sys.argv[2]}"], start_new_session=True)
+    autoreset = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
+    return gym.make_vec("CartPole-v1", num_envs, "sync", autoreset)
+
+config = asyncrl.Config(
+    env=asyncrl.EnvConfig(make),
+    model=asyncrl.ModelConfig(hidden=(16,)),
+    algorithm=asyncrl.PPOConfig(),
+    actor=asyncrl.ActorConfig(num_actors=2, lanes_per_actor=1, envs_per_lane=2),
+    learner=asyncrl.LearnerConfig(num_threads=1, tensorboard=False, device="cpu"),
+    evaluation=asyncrl.EvaluationConfig(period_steps=0),
+    total_env_steps=10**9,
+)
+"""
+
+
+@pytest.mark.timeout(240)
+def test_what_environments_start_in_sessions_of_their_own_ends_with_its_actor(tmp_path):
+    (tmp_path / "simulated.py").write_text(SIMULATED)
+    run = Run(tmp_path, "run", tmp_path / "simulated.py")
+
+    def simulators(actor: int) -> list[psutil.Process]:
+        found = []
+        for child in run.children():
+            with contextlib.suppress(psutil.Error):  # it ends
+                found += [child] if child.cmdline() == ["sleep", f"99{actor}"] else []
+        return found
+
+    try:
+        run.wait_until(lambda: simulators(0) and simulators(1), 90)
+        (first,), (other,) = simulators(0), simulators(1)
+        run.find("actor 0").kill()
+        run.wait_until(lambda: not first.is_running() and simulators(0), 90)
+        assert simulators(1) == [other]
         run.signal(signal.SIGTERM)
         assert run.finish()[0] == 143
         assert not run.orphans()
