@@ -3,20 +3,21 @@
 More threads are faster on a quiet machine and may be far slower on a busy one: where those of
 OpenMP share out every layer they wait for each other after each, and where one of them is given no
 processor an update may take 20 times as long. (How they share the work: `algorithms/teams.py`.) So
-other numbers are tried, for a few updates: now and then, and when updates have become slower; a
-faster one is kept.
+other numbers are tried, now and then and when updates have become slower, and a faster one is kept.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from statistics import median
 
-NUM_UPDATES = 3  # of a trial; one that is slower than usual ends it
-RARELY = 20  # updates at least from one trial to the next
+MOST_WON = 3  # pairs that decide a trial: an update with the other number, one with the usual
+APART = 0.2  # seconds between pairs: actors act in bursts, in which fewer threads may be faster
+FAR_SLOWER = 1.5  # times as slow: ends a trial at once
+RARELY = 50  # updates at least after a trial that failed
 FASTER = 1.1  # times as fast fewer threads must be; more of them need not be
+SLOW, SLOW_SECONDS = 2.0, 1.0  # times as slow as known, and for how long, to try others at once
 FIRST_SECONDS, MOST_SECONDS = 5.0, 480.0  # between trials; twice as long after each that failed
 
 
@@ -41,12 +42,14 @@ class Threads:
     ):
         self.choices, self.number = list(choices), choices[0]
         self._set, self._report, self._clock = set_num_threads, report, clock
-        self._usual: deque[float] = deque(maxlen=2 * NUM_UPDATES + 1)  # seconds, with `number`
-        self._trial: list[float] = []
-        self._trying: int | None = None
-        self._next = 0  # index of what is tried next
-        self._wait, self._trial_at = FIRST_SECONDS, None
+        self._active = self._other = self.number  # of this update; in trial
+        self._tried: list[float] = []  # seconds, with the other one; of the usual after each:
+        self._usual: list[float] = []
+        self._fresh = True  # the first update with a number finds what the last one left: no count
+        self._turn = 0  # index of what is tried next
+        self._wait, self._next_at = FIRST_SECONDS, None  # when the next trial or pair begins
         self._known = float("inf")  # seconds, when it was last compared
+        self._slow_since: float | None = None
         set_num_threads(self.number)
 
     def __enter__(self) -> None:
@@ -56,37 +59,59 @@ class Threads:
         if kind is not None or len(self.choices) == 1:
             return
         now = self._clock()
-        (self._usual if self._trying is None else self._trial).append(now - self._begun)
-        if self._trial_at is None:
-            self._trial_at = now + max(self._wait, RARELY * self._usual[0])
-        elif self._trying is None:
-            recent = list(self._usual)[-NUM_UPDATES:]
-            slower = median(recent) > 2 * self._known
-            if len(recent) == NUM_UPDATES and (slower or now >= self._trial_at):
-                self._wait = FIRST_SECONDS if slower else self._wait
-                self._usual = deque(recent, self._usual.maxlen)
-                self._try_another()
-        elif len(self._trial) == NUM_UPDATES or self._trial[-1] > median(self._usual):
-            self._judge()
-            self._trial_at = now + max(self._wait, RARELY * self._known)
+        seconds = now - self._begun
+        if self._fresh:
+            self._fresh = False
+        elif self._active != self.number:
+            self._tried.append(seconds)
+            self._activate(self.number)
+        elif len(self._usual) < len(self._tried):
+            self._usual.append(seconds)
+            self._next_at = now + APART
+            self._judge(now)
+        elif self._next_at is None:
+            self._next_at = now + self._wait
+        elif now >= self._next_at or self._is_slow(now, seconds):
+            if not self._tried:
+                others = [number for number in self.choices if number != self.number]
+                self._other = others[self._turn % len(others)]
+                self._turn += 1
+            self._activate(self._other)
 
-    def _try_another(self) -> None:
-        others = [number for number in self.choices if number != self.number]
-        self._trying = others[self._next % len(others)]
-        self._next += 1
-        self._set(self._trying)
+    def _activate(self, number: int) -> None:
+        self._active, self._fresh = number, True
+        self._set(number)
 
-    def _judge(self) -> None:
-        usual, tried = median(self._usual), median(self._trial)
-        if tried * (FASTER if self._trying < self.number else 1) < usual:
+    def _is_slow(self, now: float, seconds: float) -> bool:
+        """Whether updates have been slow all the time of late."""
+        if self._tried or seconds <= SLOW * self._known:
+            self._slow_since = None
+        elif self._slow_since is None:
+            self._slow_since = now
+        elif now >= self._slow_since + SLOW_SECONDS:
+            self._slow_since, self._wait = None, FIRST_SECONDS
+            return True
+        return False
+
+    def _judge(self, now: float) -> None:
+        """End the trial where it is decided."""
+        factor = FASTER if self._other < self.number else 1
+        pairs = list(zip(self._tried, self._usual, strict=True))
+        won = sum(tried * factor < usual for tried, usual in pairs)
+        far = self._tried[-1] > FAR_SLOWER * self._usual[-1]
+        if max(won, len(pairs) - won) < MOST_WON and not far:
+            return
+        usual, tried = median(self._usual), median(self._tried)
+        if won == MOST_WON:
             self._report(
-                f"{self._trying} instead of {self.number} threads for learning: updates take "
+                f"{self._other} instead of {self.number} threads for learning: updates take "
                 f"{1e3 * tried:.0f} instead of {1e3 * usual:.0f} ms"
             )
-            self.number, self._wait = self._trying, FIRST_SECONDS
-            self._usual = deque(self._trial, self._usual.maxlen)
+            self.number, self._wait, self._known = self._other, FIRST_SECONDS, tried
+            self._activate(self.number)
+            rest = 0.0
         else:
-            self._set(self.number)
-            self._wait = min(2 * self._wait, MOST_SECONDS)
-        self._known = median(self._usual)
-        self._trying, self._trial = None, []
+            self._wait, self._known = min(2 * self._wait, MOST_SECONDS), usual
+            rest = RARELY * usual
+        self._tried, self._usual = [], []
+        self._next_at = now + max(self._wait, rest)

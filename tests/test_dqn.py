@@ -71,7 +71,7 @@ class Store:
     device = torch.device("cpu")
 
     def __init__(self, sample: Sample, env_steps: int = 0):
-        self.sample = lambda: sample
+        self.sample, self.updates_allowed = (lambda: sample), (lambda: 0)
         self.limiter = SimpleNamespace(inserted=env_steps)
 
 
@@ -242,6 +242,41 @@ def test_two_teams_make_the_same_updates(changes):
         assert dqn.update(store) == twin.update(store)
         assert torch.equal(dqn.model.table, twin.model.table)
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("changes", [{}, {"double": True}, {"munchausen": 0.9}], ids=str)
+def test_a_batch_drawn_ahead_is_learned_from_as_if_it_had_been_drawn_in_its_turn(changes):
+    """The target net moves after every third update: what it made of a batch before is no use."""
+    threads = torch.get_num_threads()
+    dqn, twin = make_dqn(**changes), make_dqn(**changes)
+    twin.teams.use(2)
+    stores, size = (dqn.store(SPEC, 1, seed=0), twin.store(SPEC, 1, seed=0)), CONFIG.batch_size
+    rng, B = np.random.default_rng(0), SPEC.num_envs
+    state, ended, first = rng.integers(0, 2, B), np.zeros(B, bool), np.ones(B, bool)
+    ahead = []
+    for sequence in range(14):
+        unroll, first = play(state, ended, first, rng, sequence)
+        for store in stores:
+            store.insert(0, unroll)
+        while stores[0].updates_allowed():
+            dqn.update(stores[0])
+            twin.update(stores[1])
+            assert torch.equal(dqn.model.table, twin.model.table)
+            ahead.append((stores[1].limiter.sampled - stores[0].limiter.sampled) // size)
+        assert not ahead or ahead[-1] == 0  # none waits for the next unroll, nor is there one more
+    assert ahead[:9] == [1, 1, 0, 1, 1, 0, 1, 1, 0]
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"sequence_length": 4}, {"replay": replace(CONFIG.replay, priority_exponent=0.5)}],
+    ids=["sequences", "priorities"],
+)
+def test_nothing_is_drawn_ahead_that_depends_on_the_update_before(changes):
+    dqn = make_dqn(**changes)
+    dqn.teams.count = 2
+    assert not dqn._may_look_ahead(SimpleNamespace(updates_allowed=lambda: 9))
 
 
 def test_a_restored_dqn_goes_on_bit_by_bit():

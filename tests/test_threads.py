@@ -69,6 +69,17 @@ def test_long_updates_are_seldom_tried_and_a_slow_one_ends_a_trial():
     assert machine.threads.number == 2 and 0 < machine.spent[1] < 0.07 * 600
 
 
+def test_a_number_that_is_faster_only_beside_bursts_of_acting_is_not_taken():
+    machine = Machine([2, 1])
+
+    def seconds(threads: int) -> float:
+        acting = machine.now % 0.7 < 0.2
+        return {1: 0.020, 2: 0.025}[threads] if acting else {1: 0.016, 2: 0.012}[threads]
+
+    machine.learn(seconds, 3_600)
+    assert machine.spent[1] < 0.01 * machine.spent[2]
+
+
 def test_of_several_the_fastest_is_found():
     machine = Machine(halves(4))
     machine.learn(busy, 60)

@@ -8,6 +8,7 @@ Rainbow (Hessel et al. 2018). QR-DQN and IQN: Dabney et al. 2018. Munchausen: Vi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -86,6 +87,7 @@ class DQN:
         self.noisy = noisy_layers(self.model, self.target)
         self.teams = Teams(self.model, device)
         self.head, self.refreshes = config.head, False
+        self.ahead = None  # the next sample and what the target net makes of it
         self.chooses = config.double and not config.munchausen  # the online net, the next action
 
     @property
@@ -122,12 +124,16 @@ class DQN:
         config = self.config
         for layer in self.noisy:
             layer.redraw()
-        sample = store.sample_sequences() if config.sequence_length else store.sample()
+        (sample, target), self.ahead = self.ahead or (self._draw(store), None), None
         rows = store.refresh_rows if self.refreshes else ()
-        losses = self._losses(self._to_device(sample), rows)
+        losses = self._losses(sample, rows, target)
         if rows:
             store.write_states(sample.index, losses.states)
-        metrics = self.descend(losses.loss, store.limiter.inserted)
+        descend = partial(self.descend, losses.loss, store.limiter.inserted)
+        if self._may_look_ahead(store):
+            metrics, self.ahead = self.teams.both(descend, partial(self._look_ahead, store))
+        else:
+            metrics = descend()
         error, learned = losses.error, losses.weight > 0
         priority = vd.sequence_priority(error, learned) if learned.ndim > 1 else error.abs()
         if config.replay.priority_exponent:
@@ -139,10 +145,37 @@ class DQN:
             self._move_target()
         return metrics
 
-    def _losses(self, sample: Any, rows: Sequence[int]) -> Losses:
+    def _draw(self, store: Replay) -> Any:
+        """A sample of transitions or sequences, where it is learned from; its index stays."""
+        sample = store.sample_sequences() if self.config.sequence_length else store.sample()
+        onto_gpu = self.device.type == "cuda"  # from one, nobody would wait for the numbers
+        rest = sample._replace(index=())
+        rest = tree_map(lambda part: part.to(self.device, non_blocking=onto_gpu), rest)
+        return rest._replace(index=sample.index)
+
+    def _may_look_ahead(self, store: Replay) -> bool:
+        """Whether the next batch depends on nothing that this update is going to change."""
+        config = self.config
+        depends = self.noisy or config.sequence_length or config.replay.priority_exponent
+        moves = (self.updates + 1) % config.target_period == 0
+        return self.teams.count > 1 and not depends and not moves and store.updates_allowed() > 0
+
+    def _look_ahead(self, store: Replay) -> tuple[Any, tuple[Tree, Tree]]:
+        """The next batch, and what the target net makes of it."""
+        sample = self._draw(store)
+        return sample, self._target_pass(sample)
+
+    def _target_pass(self, sample: Any) -> tuple[Tree, Tree]:
+        """Its outputs behind and, for Munchausen, before the windows."""
+        now, later = _inputs(sample)
+        with torch.no_grad(), self._autocast():
+            before = self.target(*now)[0] if self.config.munchausen else {}
+            return self.target(*later)[0], before
+
+    def _losses(self, sample: Any, rows: Sequence[int], target: Any = None) -> Losses:
         """Of a sample of transitions or sequences, with new states before some rows of these."""
         sequences, huber = self.config.sequence_length > 0, self.config.huber
-        batch = self._sequences(sample, rows) if sequences else self._transitions(sample)
+        batch = self._sequences(sample, rows) if sequences else self._transitions(sample, target)
         loss, error = dqn_loss(
             batch.outputs, self.head, batch.action, self._target(batch), batch.weight, huber
         )
@@ -152,29 +185,31 @@ class DQN:
         """Have the loss of a batch compiled at its first use, for one team."""
         self._losses, self.teams.most = torch.compile(self._losses), 1
 
-    def _transitions(self, sample: Any) -> Batch:
+    def _transitions(self, sample: Any, target: Any) -> Batch:
         """Single transitions, whose windows the replay has already cut."""
         config = self.config
         returns, discount = n_step_return(
             self._counted(sample.reward), sample.steps, sample.terminated, config.gamma
         )
-        now = sample.obs, sample.first, sample.state
-        later = sample.next_obs, sample.next_first, sample.next_state
+        now, later = _inputs(sample)
 
-        def online() -> tuple[Tree, Tree]:
-            next_online = {}
-            if self.chooses:
-                with torch.no_grad(), self._autocast():
-                    next_online = self.model(*later)[0]
+        def online() -> Tree:
             with self._autocast():
-                return self.model(*now)[0], next_online
+                return self.model(*now)[0]
 
-        def target() -> tuple[Tree, Tree]:
+        def online_next() -> Tree:
             with torch.no_grad(), self._autocast():
-                before = self.target(*now)[0] if config.munchausen else {}
-                return self.target(*later)[0], before
+                return self.model(*later)[0] if self.chooses else {}
 
-        (outputs, next_online), (next_target, before) = self.teams.both(online, target)
+        if target is None:
+            (next_online, outputs), target = self.teams.both(
+                lambda: (online_next(), online()), lambda: self._target_pass(sample)
+            )
+        elif self.chooses:
+            outputs, next_online = self.teams.both(online, online_next)
+        else:
+            outputs, next_online = online(), {}
+        next_target, before = target
         following = self._following(_at(next_target, 0), _at(next_online, 0))
         return Batch(
             _at(outputs, 0), _at(before, 0), sample.action.long(), returns, discount, following,
@@ -255,12 +290,6 @@ class DQN:
         reward = reward if scale == 1 else reward * scale
         return reward.clamp(-clip, clip) if clip else reward
 
-    def _to_device(self, sample: Any) -> Any:
-        """All but the index, which is the replay's."""
-        onto_gpu = self.device.type == "cuda"  # from one, nobody would wait for the numbers
-        rest = sample._replace(index=())
-        return tree_map(lambda part: part.to(self.device, non_blocking=onto_gpu), rest)
-
     @torch.no_grad()
     def _move_target(self) -> None:
         """Parameters go the share `polyak` of the way to the online net's; buffers are copied."""
@@ -277,9 +306,16 @@ class DQN:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        self.ahead = None
         self.model.load_state_dict(state["model"])
         self.target.load_state_dict(state["target"])
         self.descend.load_state_dict(state["optimizer"])
+
+
+def _inputs(sample: Any) -> tuple[tuple, tuple]:
+    """(obs, first, state) before and behind the windows of a sample."""
+    now = sample.obs, sample.first, sample.state
+    return now, (sample.next_obs, sample.next_first, sample.next_state)
 
 
 def _at(tree: Tree, where: Any) -> Tree:
