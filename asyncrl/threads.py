@@ -48,7 +48,7 @@ class Threads:
         self._fresh = True  # the first update with a number finds what the last one left: no count
         self._turn = 0  # index of what is tried next
         self._wait, self._next_at = FIRST_SECONDS, None  # when the next trial or pair begins
-        self._known = float("inf")  # seconds, when it was last compared
+        self._latest = self._known = float("inf")  # seconds, of late and when last compared
         self._slow_since: float | None = None
         set_num_threads(self.number)
 
@@ -60,12 +60,19 @@ class Threads:
             return
         now = self._clock()
         seconds = now - self._begun
-        if self._fresh:
-            self._fresh = False
-        elif self._active != self.number:
-            self._tried.append(seconds)
-            self._activate(self.number)
-        elif len(self._usual) < len(self._tried):
+        fresh, self._fresh = self._fresh, False
+        if self._active != self.number:
+            if seconds > FAR_SLOWER * self._latest:
+                self._activate(self.number)
+                self._fail(now)
+            elif not fresh:
+                self._tried.append(seconds)
+                self._activate(self.number)
+            return
+        self._latest = seconds
+        if fresh:
+            return
+        if len(self._usual) < len(self._tried):
             self._usual.append(seconds)
             self._next_at = now + APART
             self._judge(now)
@@ -98,20 +105,20 @@ class Threads:
         factor = FASTER if self._other < self.number else 1
         pairs = list(zip(self._tried, self._usual, strict=True))
         won = sum(tried * factor < usual for tried, usual in pairs)
-        far = self._tried[-1] > FAR_SLOWER * self._usual[-1]
-        if max(won, len(pairs) - won) < MOST_WON and not far:
-            return
-        usual, tried = median(self._usual), median(self._tried)
-        if won == MOST_WON:
+        if len(pairs) - won == MOST_WON:
+            self._fail(now)
+        elif won == MOST_WON:
+            usual, tried = median(self._usual), median(self._tried)
             self._report(
                 f"{self._other} instead of {self.number} threads for learning: updates take "
                 f"{1e3 * tried:.0f} instead of {1e3 * usual:.0f} ms"
             )
             self.number, self._wait, self._known = self._other, FIRST_SECONDS, tried
             self._activate(self.number)
-            rest = 0.0
-        else:
-            self._wait, self._known = min(2 * self._wait, MOST_SECONDS), usual
-            rest = RARELY * usual
+            self._tried, self._usual, self._next_at = [], [], now + self._wait
+
+    def _fail(self, now: float) -> None:
+        self._wait = min(2 * self._wait, MOST_SECONDS)
+        self._known = median(self._usual or [self._latest])
         self._tried, self._usual = [], []
-        self._next_at = now + max(self._wait, rest)
+        self._next_at = now + max(self._wait, RARELY * self._known)
