@@ -5,6 +5,7 @@ The family's switches are in test_dqn_family, its losses alone in test_value_dis
 
 from __future__ import annotations
 
+import threading
 from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -266,6 +267,37 @@ def test_a_batch_drawn_ahead_is_learned_from_as_if_it_had_been_drawn_in_its_turn
         assert not ahead or ahead[-1] == 0  # none waits for the next unroll, nor is there one more
     assert ahead[:9] == [1, 1, 0, 1, 1, 0, 1, 1, 0]
     torch.set_num_threads(threads)
+
+
+class Seen(Table):
+    """Knows the threads that have called it."""
+
+    def __init__(self, pure: bool):
+        super().__init__()
+        self.pure, self.threads = pure, set()
+
+    def forward(self, obs, first, state):
+        self.threads.add(threading.get_ident())
+        return super().forward(obs, first, state)
+
+
+@pytest.mark.parametrize("pure", [False, True])
+def test_only_a_pure_model_is_called_by_two_threads_at_once(pure):
+    before = torch.get_num_threads()
+    dqn = DQN(replace(CONFIG, double=True), Seen(pure), torch.device("cpu"))
+    dqn.teams.use(2)
+    store = dqn.store(SPEC, 1, seed=0)
+    rng, B = np.random.default_rng(0), SPEC.num_envs
+    state, ended, first = rng.integers(0, 2, B), np.zeros(B, bool), np.ones(B, bool)
+    for sequence in range(14):
+        unroll, first = play(state, ended, first, rng, sequence)
+        store.insert(0, unroll)
+    for _ in range(6):
+        dqn.update(store)
+    here = threading.get_ident()
+    assert len(dqn.model.threads) == 1 + pure and here in dqn.model.threads
+    assert len(dqn.target.threads) == 1 and here not in dqn.target.threads
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

@@ -205,10 +205,10 @@ class DQN:
             (next_online, outputs), target = self.teams.both(
                 lambda: (online_next(), online()), lambda: self._target_pass(sample)
             )
-        elif self.chooses:
+        elif self.chooses and getattr(self.model, "pure", False):
             outputs, next_online = self.teams.both(online, online_next)
         else:
-            outputs, next_online = online(), {}
+            next_online, outputs = online_next(), online()
         next_target, before = target
         following = self._following(_at(next_target, 0), _at(next_online, 0))
         return Batch(
