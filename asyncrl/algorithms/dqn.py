@@ -24,7 +24,6 @@ from asyncrl.models.layers import noisy_layers
 from asyncrl.models.memory import states_before
 from asyncrl.models.precision import computes_in_bfloat16
 from asyncrl.stores.replay import Replay
-from asyncrl.stores.replay_config import fits_on_gpu
 from asyncrl.types import Spec, Tree, tree_map
 
 __all__ = ["DQN", "DQNConfig", "dqn_loss"]
@@ -97,27 +96,8 @@ class DQN:
 
     def store(self, spec: Spec, num_lanes: int, seed: int) -> Replay:
         """The replay this algorithm learns from, on the GPU when it fits there."""
-        config, device = self.config, self.config.replay.device
-        nbytes = config.store_nbytes(self.model, spec, num_lanes)
-        if device == "auto":
-            device = "cpu"
-            if self.device.type == "cuda" and fits_on_gpu(self.device, nbytes):
-                device = self.device
-        self.refreshes = is_recurrent(spec) and config.replay.refresh_states
-        return Replay(
-            spec,
-            num_lanes,
-            config.replay.capacity,
-            config.batch_size,
-            config.limiter(spec, num_lanes),
-            getattr(self.model, "frame_stack", 1),
-            config.n_step,
-            device,
-            seed,
-            importance_exponent=config.replay.importance_exponent,
-            loss_on=config.loss_on,
-            **config.replay_options,
-        )
+        self.refreshes = is_recurrent(spec) and self.config.replay.refresh_states
+        return self.config.build_replay(self.model, spec, num_lanes, seed, self.device)
 
     def update(self, store: Replay) -> dict[str, Tensor]:
         """One batch, one step; returns metrics as 0-d tensors."""
@@ -148,9 +128,9 @@ class DQN:
     def _draw(self, store: Replay) -> Any:
         """A sample of transitions or sequences, where it is learned from; its index stays."""
         sample = store.sample_sequences() if self.config.sequence_length else store.sample()
-        onto_gpu = self.device.type == "cuda"  # from one, nobody would wait for the numbers
+        device, onto_gpu = self.device, self.device.type == "cuda"  # from one, nobody would wait
         rest = sample._replace(index=())
-        rest = tree_map(lambda part: part.to(self.device, non_blocking=onto_gpu), rest)
+        rest = tree_map(lambda part: part.to(device, non_blocking=onto_gpu), rest)
         return rest._replace(index=sample.index)
 
     def _may_look_ahead(self, store: Replay) -> bool:
@@ -168,9 +148,9 @@ class DQN:
     def _target_pass(self, sample: Any) -> tuple[Tree, Tree]:
         """Its outputs behind and, for Munchausen, before the windows."""
         now, later = _inputs(sample)
-        with torch.no_grad(), self._autocast():
-            before = self.target(*now)[0] if self.config.munchausen else {}
-            return self.target(*later)[0], before
+        with torch.no_grad():
+            before = self._outputs(self.target, *now) if self.config.munchausen else {}
+            return self._outputs(self.target, *later), before
 
     def _losses(self, sample: Any, rows: Sequence[int], target: Any = None) -> Losses:
         """Of a sample of transitions or sequences, with new states before some rows of these."""
@@ -187,32 +167,27 @@ class DQN:
 
     def _transitions(self, sample: Any, target: Any) -> Batch:
         """Single transitions, whose windows the replay has already cut."""
-        config = self.config
         returns, discount = n_step_return(
-            self._counted(sample.reward), sample.steps, sample.terminated, config.gamma
+            self._counted(sample.reward), sample.steps, sample.terminated, self.config.gamma
         )
         now, later = _inputs(sample)
-
-        def online() -> Tree:
-            with self._autocast():
-                return self.model(*now)[0]
+        online = partial(self._outputs, self.model, *now)
 
         def online_next() -> Tree:
-            with torch.no_grad(), self._autocast():
-                return self.model(*later)[0] if self.chooses else {}
+            with torch.no_grad():
+                return self._outputs(self.model, *later) if self.chooses else {}
 
-        if target is None:
-            (next_online, outputs), target = self.teams.both(
-                lambda: (online_next(), online()), lambda: self._target_pass(sample)
-            )
-        elif self.chooses and getattr(self.model, "pure", False):
+        if target is not None and self.chooses and getattr(self.model, "pure", False):
             outputs, next_online = self.teams.both(online, online_next)
-        else:
+        elif target is not None:
             next_online, outputs = online_next(), online()
-        next_target, before = target
-        following = self._following(_at(next_target, 0), _at(next_online, 0))
+        else:
+            (next_online, outputs), target = self.teams.both(
+                lambda: (online_next(), online()), partial(self._target_pass, sample)
+            )
+        following = self._following(_at(target[0], 0), _at(next_online, 0))
         return Batch(
-            _at(outputs, 0), _at(before, 0), sample.action.long(), returns, discount, following,
+            _at(outputs, 0), _at(target[1], 0), sample.action.long(), returns, discount, following,
             sample.weight, {},
         )  # fmt: skip
 
@@ -229,8 +204,7 @@ class DQN:
             if config.burn_in:
                 with torch.no_grad(), self._autocast():
                     _, state = self.model(_at(batch.obs, warm_up), batch.first[warm_up], state)
-            with self._autocast():
-                return self.model(_at(batch.obs, seen), batch.first[seen], state)[0]
+            return self._outputs(self.model, _at(batch.obs, seen), batch.first[seen], state)
 
         def target() -> tuple[Tree, Tree]:
             with torch.no_grad(), self._autocast():
@@ -283,6 +257,11 @@ class DQN:
         """bfloat16 where that is on. What runs without gradient has a context of its own: older
         PyTorch keeps the weights it casts, without gradient, for all that runs in the same one."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+    def _outputs(self, net: nn.Module, obs: Tree, first: Tensor, state: Tree) -> Tree:
+        """What a net makes of rows (T, N, ...)."""
+        with self._autocast():
+            return net(obs, first, state)[0]
 
     def _counted(self, reward: Tensor) -> Tensor:
         """Rewards as they are learned from."""

@@ -16,6 +16,7 @@ from asyncrl.policies import EpsilonGreedy
 from asyncrl.schedules import check_range
 from asyncrl.stores.limiter import RateLimiter
 from asyncrl.stores.replay import Replay, ReplayConfig
+from asyncrl.stores.replay_config import fits_on_gpu
 from asyncrl.types import Spec, tree_leaves
 
 if TYPE_CHECKING:
@@ -200,6 +201,22 @@ class DQNConfig:
         from asyncrl.algorithms.dqn import DQN
 
         return DQN(self, model, device)
+
+    def build_replay(
+        self, model: nn.Module, spec: Spec, num_lanes: int, seed: int, learns_on: torch.device
+    ) -> Replay:
+        """The replay, on the device that learns where that is a GPU on which it fits."""
+        replay, nbytes = self.replay, self.store_nbytes(model, spec, num_lanes)
+        device = replay.device
+        if device == "auto":
+            fits = learns_on.type == "cuda" and fits_on_gpu(learns_on, nbytes)
+            device = learns_on if fits else "cpu"
+        return Replay(
+            spec, num_lanes, replay.capacity, self.batch_size, self.limiter(spec, num_lanes),
+            getattr(model, "frame_stack", 1), self.n_step, device, seed,
+            importance_exponent=replay.importance_exponent, loss_on=self.loss_on,
+            **self.replay_options,
+        )  # fmt: skip
 
     def store_nbytes(self, model: nn.Module, spec: Spec, num_lanes: int) -> int:
         """Bytes the replay will take; ValueError, before anything is allocated, for what this

@@ -125,14 +125,9 @@ class Replay:
         write, circle = self.circle.write, self.circle
         tree_map(lambda column, new: write(column, lane_index, begin, new), self.obs, unroll.obs)
         write(self.first, lane_index, begin, unroll.first)
-        for column, new in (
-            (self.action, unroll.action),
-            (self.reward, unroll.reward),
-            (self.terminated, unroll.terminated),
-            (self.truncated, unroll.truncated),
-            (self.valid, unroll.valid),
-        ):
-            write(column, lane_index, begin, new)
+        for name in ("action", "reward", "terminated", "truncated", "valid"):
+            column = getattr(self, name)
+            write(column, lane_index, begin, getattr(unroll, name))
             circle.at(column, lane_index, begin + T).zero_()
         if self.states:
             self.states.insert(lane_index, opened, begin, lane.end, unroll.state)
