@@ -5,6 +5,7 @@ The family's switches are in test_dqn_family, its losses alone in test_value_dis
 
 from __future__ import annotations
 
+import itertools
 import threading
 from copy import deepcopy
 from dataclasses import replace
@@ -206,6 +207,15 @@ def play(state: np.ndarray, ended: np.ndarray, first: np.ndarray, rng, sequence:
     return unroll, first
 
 
+def unrolls(count: int):
+    """So many of them, that join on."""
+    rng, B = np.random.default_rng(0), SPEC.num_envs
+    state, ended, first = rng.integers(0, 2, B), np.zeros(B, bool), np.ones(B, bool)
+    for sequence in range(count):
+        unroll, first = play(state, ended, first, rng, sequence)
+        yield unroll
+
+
 @pytest.mark.parametrize("double", [False, True])
 def test_q_of_an_mdp_solved_by_hand(double):
     """State 0: stay for 0, or go to 1 for 1. State 1: go back for 2, or end for 4. gamma = 1/2.
@@ -217,13 +227,8 @@ def test_q_of_an_mdp_solved_by_hand(double):
         double=double, reward_clip=0.0, target_period=20, learning_rate=Linear(0.4, 0.0, 650)
     )
     store = dqn.store(SPEC, 1, seed=0)
-    rng, B = np.random.default_rng(0), SPEC.num_envs
-    state, ended, first = rng.integers(0, 2, B), np.zeros(B, bool), np.ones(B, bool)
-    sequence = 0
-    while store.limiter.inserted < 600:
-        unroll, first = play(state, ended, first, rng, sequence)
+    for unroll in itertools.takewhile(lambda _: store.limiter.inserted < 600, unrolls(100)):
         store.insert(0, unroll)
-        sequence += 1
         for _ in range(store.updates_allowed()):
             dqn.update(store)
     assert dqn.updates >= 400
@@ -252,11 +257,8 @@ def test_a_batch_drawn_ahead_is_learned_from_as_if_it_had_been_drawn_in_its_turn
     dqn, twin = make_dqn(**changes), make_dqn(**changes)
     twin.teams.use(2)
     stores, size = (dqn.store(SPEC, 1, seed=0), twin.store(SPEC, 1, seed=0)), CONFIG.batch_size
-    rng, B = np.random.default_rng(0), SPEC.num_envs
-    state, ended, first = rng.integers(0, 2, B), np.zeros(B, bool), np.ones(B, bool)
     ahead = []
-    for sequence in range(14):
-        unroll, first = play(state, ended, first, rng, sequence)
+    for unroll in unrolls(14):
         for store in stores:
             store.insert(0, unroll)
         while stores[0].updates_allowed():
@@ -287,10 +289,7 @@ def test_only_a_pure_model_is_called_by_two_threads_at_once(pure):
     dqn = DQN(replace(CONFIG, double=True), Seen(pure), torch.device("cpu"))
     dqn.teams.use(2)
     store = dqn.store(SPEC, 1, seed=0)
-    rng, B = np.random.default_rng(0), SPEC.num_envs
-    state, ended, first = rng.integers(0, 2, B), np.zeros(B, bool), np.ones(B, bool)
-    for sequence in range(14):
-        unroll, first = play(state, ended, first, rng, sequence)
+    for unroll in unrolls(14):
         store.insert(0, unroll)
     for _ in range(6):
         dqn.update(store)
@@ -300,15 +299,19 @@ def test_only_a_pure_model_is_called_by_two_threads_at_once(pure):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"sequence_length": 4}, {"replay": replace(CONFIG.replay, priority_exponent=0.5)}],
-    ids=["sequences", "priorities"],
-)
-def test_nothing_is_drawn_ahead_that_depends_on_the_update_before(changes):
-    dqn = make_dqn(**changes)
-    dqn.teams.count = 2
-    assert not dqn._may_look_ahead(SimpleNamespace(updates_allowed=lambda: 9))
+def test_nothing_is_drawn_ahead_that_depends_on_the_update_before():
+    def may(**changes) -> bool:
+        dqn = make_dqn(**changes)
+        dqn.teams.count, dqn.noisy = 2, noisy
+        return dqn._may_look_ahead(SimpleNamespace(updates_allowed=lambda: 9))
+
+    noisy = []
+    assert may()
+    assert not may(sequence_length=4)
+    assert not may(replay=replace(CONFIG.replay, priority_exponent=0.5))
+    assert not may(target_period=1)
+    noisy = [nn.Identity()]
+    assert not may()
 
 
 def test_a_restored_dqn_goes_on_bit_by_bit():

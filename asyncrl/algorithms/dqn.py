@@ -185,9 +185,10 @@ class DQN:
             (next_online, outputs), target = self.teams.both(
                 lambda: (online_next(), online()), partial(self._target_pass, sample)
             )
-        following = self._following(_at(target[0], 0), _at(next_online, 0))
+        next_target, before = target
+        following = self._following(_at(next_target, 0), _at(next_online, 0))
         return Batch(
-            _at(outputs, 0), _at(target[1], 0), sample.action.long(), returns, discount, following,
+            _at(outputs, 0), _at(before, 0), sample.action.long(), returns, discount, following,
             sample.weight, {},
         )  # fmt: skip
 

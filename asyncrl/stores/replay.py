@@ -225,8 +225,7 @@ class Replay:
 
     def _draw(self) -> tuple[Index, Tensor]:
         begins = [self._entry(lane.expired) for lane in self.lanes]
-        inserted = self.limiter.inserted
-        drawn = self.selection.draw(self.batch_size, begins, self._ends(), inserted)
+        drawn = self.selection.draw(self.batch_size, begins, self._ends(), self.limiter.inserted)
         self.limiter.sampled += self.limiter.batch_size
         return drawn
 
