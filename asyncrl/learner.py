@@ -27,7 +27,7 @@ from asyncrl.learner_config import LearnerConfig
 from asyncrl.logs import EventLog, RunLog
 from asyncrl.replay_stream import ReplayStream, Stopped
 from asyncrl.resume import load_newest, say_what_is_cut, say_what_is_missing
-from asyncrl.state import flatten, rng_state, set_rng_state, unflatten
+from asyncrl.state import flatten, rng_state, set_rng_state, to_host, unflatten
 from asyncrl.throttle import Throttle
 from asyncrl.transport.ring import Ring, UnrollReader, Word
 from asyncrl.transport.weights import WeightsWriter
@@ -229,8 +229,8 @@ class Learner:
         with self.shares.time("publish"):
             self.guard.check(weights := self.model.state_dict())
             back = self.weights.back()
-            for name, tensor in weights.items():
-                np.copyto(back["model"][name], tensor.detach().cpu().numpy())
+            for name, array in to_host(weights).items():
+                np.copyto(back["model"][name], array)
             back["context"]["env_steps"][...] = self.env_steps
             back["context"]["epoch"][...] = self.epoch
             self.episodes.write_lengths(back["context"]["recent_lengths"])

@@ -55,6 +55,10 @@ class GradientStep:
         rate = value_at(learning_rate, 0)
         self.optimizer_name, betas = optimizer, (0.9, 0.999) if optimizer == "adam" else (0.0, 0.99)
         self.optimizer = torch.optim.Adam(self.parameters, rate, betas, eps, fused=True)
+        if not any(parameter.is_cuda for parameter in self.parameters):
+            # Of any GPU there is it asks at each step what is going on, and so begins to use it:
+            # one that does not work would stop a learner on the CPU.
+            self.optimizer._accelerator_graph_capture_health_check = lambda: None
         self._begin_moments()
         self.count = 0
         self.parts = 1  # that batches are learned from in, for want of memory
@@ -158,13 +162,15 @@ class GradientStep:
         self.count = state["count"]
 
     def _begin_moments(self) -> None:
-        """RMSprop's, where it has none yet."""
-        for parameter in self.parameters if self.optimizer_name == "rmsprop" else ():
+        """Where there are none yet. Adam itself would make its own at the first step, but half of
+        them where the GPU has no memory for all."""
+        step, square = (LATE, 1.0) if self.optimizer_name == "rmsprop" else (0.0, 0.0)
+        for parameter in self.parameters:
             if not self.optimizer.state[parameter]:
                 self.optimizer.state[parameter] = {
-                    "step": torch.tensor(LATE, device=parameter.device),
+                    "step": torch.tensor(step, device=parameter.device),
                     "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.ones_like(parameter),
+                    "exp_avg_sq": torch.full_like(parameter, square),
                 }
 
 

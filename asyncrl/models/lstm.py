@@ -44,7 +44,7 @@ class LSTM(nn.Module):
     ) -> tuple[Tensor, list[dict]]:
         """(T, B, features) -> (T, B, size), and the states before `rows`; T: after the last."""
         T, memory = len(first), (state["h"], state["c"])
-        opens = set(first.any(1).nonzero().flatten().tolist())
+        opens = {row for row, opened in enumerate(first.any(1).tolist()) if opened}  # one wait
         cuts = sorted({0, *opens, *rows, T})
         if features.is_cuda or self.LONG * (len(cuts) - 1) <= T:
             stretch, features = self._call, [features[a:b] for a, b in pairwise(cuts)]
