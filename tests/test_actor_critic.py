@@ -544,3 +544,16 @@ def test_moments_that_were_saved_in_another_order_of_memory_go_on_alike(optimize
     descend(twin, second, batches[3:])
     for mine, theirs in zip(one.parameters(), twin.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_a_step_on_the_cpu_asks_no_gpu(monkeypatch):
+    """One that is there but does not work would stop a learner that has fallen back to the CPU."""
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("CUDA driver initialization failed")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", broken)
+    layer = nn.Linear(2, 1)
+    before = layer.weight.detach().clone()
+    GradientStep(layer, 1e-2, 0.0, 1e-8)(layer(torch.ones(1, 2)).sum(), 0)
+    assert not torch.equal(layer.weight, before)
