@@ -14,6 +14,7 @@ from statistics import median
 
 MOST_WON = 3  # pairs that decide a trial: an update with the other number, one with the usual
 APART = 0.2  # seconds between pairs: actors act in bursts, in which fewer threads may be faster
+LONG = 0.5  # seconds over which these even out: one pair of such updates lost ends a trial
 FAR_SLOWER = 1.5  # times as slow: ends a trial at once
 RARELY = 50  # updates at least after a trial that failed
 FASTER = 1.1  # times as fast fewer threads must be; more of them need not be
@@ -60,7 +61,7 @@ class Threads:
             return
         now = self._clock()
         seconds = now - self._begun
-        fresh, self._fresh = self._fresh, False
+        fresh, self._fresh = self._fresh and seconds < LONG, False
         if self._active != self.number:
             if seconds > FAR_SLOWER * self._latest:
                 self._activate(self.number)
@@ -105,7 +106,7 @@ class Threads:
         factor = FASTER if self._other < self.number else 1
         pairs = list(zip(self._tried, self._usual, strict=True))
         won = sum(tried * factor < usual for tried, usual in pairs)
-        if len(pairs) - won == MOST_WON:
+        if len(pairs) - won == (1 if min(self._usual) >= LONG else MOST_WON):
             self._fail(now)
         elif won == MOST_WON:
             usual, tried = median(self._usual), median(self._tried)

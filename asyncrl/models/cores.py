@@ -58,8 +58,11 @@ class FrameStack(nn.Module):
         """The same for one row, as actors have it, at a third of the cost."""
         frame = frames.transpose(0, 1)
         stack = torch.cat([before, frame], 1)  # (B, k, *frame)
-        # A tenth of what first.any() takes, where it need not be compiled, nor waited for.
-        if first.is_cuda or torch.compiler.is_compiling() or True in first.tolist()[0]:
+        if first.is_cuda or torch.compiler.is_compiling():  # no waiting, no branch
             opens = first.view(-1, *[1] * (stack.ndim - 1))
-            stack = torch.where(opens, frame, stack)  # indices know no unsigned integers
+            stack = torch.where(opens, frame, stack)
+        else:  # few do, in a stack that may be large
+            for env, opens in enumerate(first.tolist()[0]):
+                if opens:
+                    stack[env] = frame[env]
         return stack.unsqueeze(0), {"frames": stack[:, 1:]}

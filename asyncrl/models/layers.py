@@ -114,6 +114,18 @@ def noisy_layers(*models: nn.Module) -> list[NoisyLinear]:
     return [layer for layer in layers if isinstance(layer, NoisyLinear)]
 
 
+class ScaledConv2d(nn.Conv2d):
+    """A convolution of `factor` times the image: its few weights are multiplied, not the pixels."""
+
+    def __init__(self, factor: float, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.factor = factor
+
+    def forward(self, image: Tensor) -> Tensor:
+        weight = self.weight if self.factor == 1 else self.weight * self.factor
+        return self._conv_forward(image, weight, self.bias)
+
+
 class SpectralConv2d(nn.Conv2d):
     """A convolution divided by its weight's spectral norm, that of its (out, in * k * k) matrix.
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from asyncrl.models.layers import SpectralConv2d
+from asyncrl.models.layers import ScaledConv2d, SpectralConv2d
 
 
 class ResidualBlock(nn.Module):
@@ -38,24 +38,25 @@ class ImpalaTorso(nn.Module):
         width: int = 1,
         spectral_norm: bool = False,
         pool: int = 0,
+        pixel_scale: float = 1.0,
     ):
         super().__init__()
         layers: list[nn.Module] = []
         for outputs in (16 * width, 32 * width, 32 * width):
-            layers += [nn.Conv2d(channels, outputs, 3, padding=1), nn.MaxPool2d(3, 2, padding=1)]
+            convolution = ScaledConv2d(pixel_scale, channels, outputs, 3, padding=1)
+            layers += [convolution, nn.MaxPool2d(3, 2, padding=1)]
             layers += [ResidualBlock(outputs, spectral_norm) for _ in range(2)]
-            channels = outputs
+            channels, pixel_scale = outputs, 1.0
             height, image_width = -(-height // 2), -(-image_width // 2)
         if pool > min(height, image_width):
             raise ValueError(
                 f"expected a pool of at most the last map's {height} x {image_width}, got {pool}; "
                 "lower it or set 0, for no pooling"
             )
-        layers.append(nn.ReLU())
         if pool:
             layers.append(nn.AdaptiveMaxPool2d(pool))
             height = image_width = pool
-        self.convolutions = nn.Sequential(*layers, nn.Flatten())
+        self.convolutions = nn.Sequential(*layers, nn.Flatten(), nn.ReLU())
         self.features = channels * height * image_width
 
     def forward(self, image: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from asyncrl.models.layers import hidden_layer, scale
+from asyncrl.models.layers import ScaledConv2d, hidden_layer, scale
 from asyncrl.models.resnet import ImpalaTorso
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class NatureTorso(nn.Module):
     """(N, C, H, W) -> (N, features): three convolutions (Mnih et al. 2015), from 36 x 36 pixels."""
 
-    def __init__(self, channels: int, height: int, width: int):
+    def __init__(self, channels: int, height: int, width: int, pixel_scale: float = 1.0):
         super().__init__()
         if min(height, width) < 36:
             raise ValueError(
@@ -32,9 +32,9 @@ class NatureTorso(nn.Module):
                 f"{width}; use small, impala or auto"
             )
         self.convolutions = nn.Sequential(
-            scale(nn.Conv2d(channels, 32, 8, 4)), nn.ReLU(),
+            scale(ScaledConv2d(pixel_scale, channels, 32, 8, 4)), nn.ReLU(),
             scale(nn.Conv2d(32, 64, 4, 2)), nn.ReLU(),
-            scale(nn.Conv2d(64, 64, 3, 1)), nn.ReLU(), nn.Flatten(),
+            scale(nn.Conv2d(64, 64, 3, 1)), nn.Flatten(), nn.ReLU(),
         )  # fmt: skip
         with torch.no_grad():
             self.features = self.convolutions(torch.zeros(1, channels, height, width)).shape[1]
@@ -46,9 +46,9 @@ class NatureTorso(nn.Module):
 class SmallImageTorso(nn.Module):
     """(N, C, H, W) -> (N, features): one convolution (Young and Tian 2019), for tiny images."""
 
-    def __init__(self, channels: int, height: int, width: int):
+    def __init__(self, channels: int, height: int, width: int, pixel_scale: float = 1.0):
         super().__init__()
-        self.convolution = scale(nn.Conv2d(channels, 16, 3, padding=1))
+        self.convolution = scale(ScaledConv2d(pixel_scale, channels, 16, 3, padding=1))
         self.features = 16 * height * width
 
     def forward(self, image: Tensor) -> Tensor:
@@ -71,13 +71,14 @@ class ImageEncoder(nn.Module):
             height, width, channels = shape
         else:
             channels, height, width = shape
-        self.pixel_scale = 1 / 255 if space.dtype == "uint8" else 1.0
+        pixel_scale = 1 / 255 if space.dtype == "uint8" else 1.0
         kind = config.torso
         if kind == "auto":
             kind = "nature" if min(height, width) >= 36 else "small"
         names = ("torso_width", "torso_pool", "spectral_norm") if kind == "impala" else ()
         options = {name.removeprefix("torso_"): getattr(config, name) for name in names}
-        self.torso = IMAGE_TORSOS[kind](channels * stack, height, width, **options)
+        size = channels * stack, height, width
+        self.torso = IMAGE_TORSOS[kind](*size, pixel_scale=pixel_scale, **options)
         self.width = config.features
         self.features, self.last = self.torso.features, nn.Identity()
         if last:
@@ -94,9 +95,7 @@ class ImageEncoder(nn.Module):
         device_type = image.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else self.torso_dtype
-        image = image.to(dtype)
-        image = image if self.pixel_scale == 1 else image.mul_(self.pixel_scale)
-        return self.last(self.torso(image))
+        return self.last(self.torso(image.to(dtype)))
 
     @property
     def torso_dtype(self) -> torch.dtype:
