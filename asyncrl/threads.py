@@ -4,6 +4,8 @@ More threads are faster on a quiet machine and may be far slower on a busy one: 
 OpenMP share out every layer they wait for each other after each, and where one of them is given no
 processor an update may take 20 times as long. (How they share the work: `algorithms/teams.py`.) So
 other numbers are tried, now and then and when updates have become slower, and a faster one is kept.
+A learner that waits for data needs no more threads than keep up: the same work costs less with few
+of them, and the actors get the rest.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ LONG = 0.5  # seconds over which these even out: one pair of such updates lost e
 FAR_SLOWER = 1.5  # times as slow: ends a trial at once
 RARELY = 50  # updates at least after a trial that failed
 FASTER = 1.1  # times as fast fewer threads must be; more of them need not be
+KEEPS_UP = 0.9  # share of the time in updates that is no reason for more threads than that takes
+SHORT_OF_TIME = 0.95  # share from which on more of them are of use
 SLOW, SLOW_SECONDS = 2.0, 1.0  # times as slow as known, and for how long, to try others at once
 FIRST_SECONDS, MOST_SECONDS = 5.0, 480.0  # between trials; twice as long after each that failed
 
@@ -50,6 +54,7 @@ class Threads:
         self._turn = 0  # index of what is tried next
         self._wait, self._next_at = FIRST_SECONDS, None  # when the next trial or pair begins
         self._latest = self._known = float("inf")  # seconds, of late and when last compared
+        self._busy, self._since = 0.0, None  # seconds in updates, and from when on
         self._slow_since: float | None = None
         set_num_threads(self.number)
 
@@ -62,8 +67,12 @@ class Threads:
         now = self._clock()
         seconds = now - self._begun
         fresh, self._fresh = self._fresh and seconds < LONG, False
+        self._busy += seconds
+        if self._since is None:
+            self._since = self._begun
         if self._active != self.number:
-            if seconds > FAR_SLOWER * self._latest:
+            ratio = seconds / self._latest
+            if ratio > FAR_SLOWER and not self._better(ratio, now):
                 self._activate(self.number)
                 self._fail(now)
             elif not fresh:
@@ -103,9 +112,8 @@ class Threads:
 
     def _judge(self, now: float) -> None:
         """End the trial where it is decided."""
-        factor = FASTER if self._other < self.number else 1
         pairs = list(zip(self._tried, self._usual, strict=True))
-        won = sum(tried * factor < usual for tried, usual in pairs)
+        won = sum(self._better(tried / usual, now) for tried, usual in pairs)
         if len(pairs) - won == (1 if min(self._usual) >= LONG else MOST_WON):
             self._fail(now)
         elif won == MOST_WON:
@@ -116,10 +124,20 @@ class Threads:
             )
             self.number, self._wait, self._known = self._other, FIRST_SECONDS, tried
             self._activate(self.number)
-            self._tried, self._usual, self._next_at = [], [], now + self._wait
+            self._end(now + self._wait)
+
+    def _better(self, ratio: float, now: float) -> bool:
+        """Whether the other number is, with which an update takes `ratio` times as long."""
+        share = self._busy / (now - self._since)
+        if self._other < self.number:
+            return ratio * FASTER < 1 or ratio * share < KEEPS_UP
+        return ratio < 1 and share > SHORT_OF_TIME
 
     def _fail(self, now: float) -> None:
         self._wait = min(2 * self._wait, MOST_SECONDS)
         self._known = median(self._usual or [self._latest])
-        self._tried, self._usual = [], []
-        self._next_at = now + max(self._wait, RARELY * self._known)
+        self._end(now + max(self._wait, RARELY * self._known))
+
+    def _end(self, next_at: float) -> None:
+        self._tried, self._usual, self._next_at = [], [], next_at
+        self._busy, self._since = 0.0, None

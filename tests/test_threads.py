@@ -17,12 +17,15 @@ class Machine:
     def set_number(self, number: int) -> None:
         self.number = number
 
-    def learn(self, seconds, during: float) -> None:
+    def learn(self, seconds, during: float, period: float = 0.0) -> None:
+        """Updates for a time, with data for one every `period` seconds."""
         end = self.now + during
         while self.now < end:
+            begun = self.now
             with self.threads:
                 self.now += seconds(self.number)
                 self.spent[self.number] += seconds(self.number)
+            self.now = max(self.now, begun + period)
 
 
 def quiet(threads: int) -> float:
@@ -78,6 +81,24 @@ def test_a_number_that_is_faster_only_beside_bursts_of_acting_is_not_taken():
 
     machine.learn(seconds, 3_600)
     assert machine.spent[1] < 0.01 * machine.spent[2]
+
+
+def test_a_learner_that_waits_for_data_leaves_threads_to_the_actors():
+    machine = Machine([2, 1])
+    machine.learn(quiet, 600, period=0.042)  # one would come to 0.040: too close
+    assert machine.threads.number == 2
+    machine.learn(quiet, 600, period=0.060)  # 0.025 with two threads
+    assert machine.threads.number == 1
+    machine.learn(quiet, 1_000, period=0.043)  # and does not go back and forth
+    assert machine.threads.number == 1 and len(machine.said) == 1
+    machine.learn(quiet, 1_000, period=0.030)  # more data than one thread can take
+    assert machine.threads.number == 2
+
+
+def test_a_learner_with_little_to_do_gets_a_single_one_of_many_threads():
+    machine = Machine([4, 2, 1])
+    machine.learn(quiet, 600, period=0.1)  # 0.015, 0.025 or 0.040 of which are updates
+    assert machine.threads.number == 1
 
 
 def test_of_several_the_fastest_is_found():
