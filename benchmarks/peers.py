@@ -40,7 +40,9 @@ TASKS = {
         },
     ),
     "a2c": Task(80, 80, "breakout_a2c", ("sb3", "sb3-tuned"), ON_POLICY),
-    "ppo": Task(256, 64, "breakout_ppo", ("sb3", "sb3-tuned", "sf"), ON_POLICY),
+    "ppo": Task(
+        256, 64, "breakout_ppo", ("sb3", "sb3-tuned", "sf"), ON_POLICY, {"profile": "home"},
+    ),
     "impala": Task(640, 640, "breakout_impala", ("sf", "rllib"), ON_POLICY),
     "cartpole_ppo": Task(
         64, 6.4, "cartpole_ppo", ("sb3", "sb3-tuned", "sf"), ON_POLICY,
