@@ -22,7 +22,7 @@ class LearnerConfig:
     """"auto": the GPU where there is one."""
     num_threads: int = 0
     """Torch threads for learning. 0: as many as cores or fewer, whatever is fastest as the run goes
-    on; a single one for a small model."""
+    on, or as few as keep up with the actors; a single one for a small model."""
     compile: bool = False
     """Have losses and their gradients compiled by torch.compile. Updates of small nets are faster,
     those of convolutions on a CPU slower; each start spends 10 to 60 s on it. LSTMs stay as they

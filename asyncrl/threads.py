@@ -121,6 +121,7 @@ class Threads:
             self._report(
                 f"{self._other} instead of {self.number} threads for learning: updates take "
                 f"{1e3 * tried:.0f} instead of {1e3 * usual:.0f} ms"
+                + (", and data comes no sooner" if tried > usual else "")
             )
             self.number, self._wait, self._known = self._other, FIRST_SECONDS, tried
             self._activate(self.number)

@@ -89,6 +89,7 @@ def test_a_learner_that_waits_for_data_leaves_threads_to_the_actors():
     assert machine.threads.number == 2
     machine.learn(quiet, 600, period=0.060)  # 0.025 with two threads
     assert machine.threads.number == 1
+    assert machine.said[0].endswith("take 40 instead of 25 ms, and data comes no sooner")
     machine.learn(quiet, 1_000, period=0.043)  # and does not go back and forth
     assert machine.threads.number == 1 and len(machine.said) == 1
     machine.learn(quiet, 1_000, period=0.030)  # more data than one thread can take
