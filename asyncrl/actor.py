@@ -7,10 +7,8 @@ for them the net has been through the next group. Between unrolls it pulls the n
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +22,7 @@ from asyncrl.models.layers import noisy_layers
 from asyncrl.models.precision import Precision, computes_in_bfloat16, device_called
 from asyncrl.policies import Context, Mixture, unroll_rng
 from asyncrl.policy_contract import check_log_probs
+from asyncrl.priority import threads_give_way
 from asyncrl.transport.ring import Ring, UnrollWriter, Word
 from asyncrl.transport.weights import WeightsReader
 from asyncrl.types import Field, Tree, Unroll, tree_map
@@ -61,20 +60,27 @@ class ActorConfig:
     """Of the acting copy of the weights. auto: bfloat16 where the hardware multiplies it."""
     num_threads: int = 1
     """Torch threads for acting."""
-    nice: int = 19
-    """Priority given away to the learner, 0 to 19: it matters where cores are few."""
+    nice: int | Literal["auto"] = "auto"
+    """Priority given away to the learner, 0 to 19: it matters where cores are few. auto: 19 beside
+    a replay, from which there is always something to learn; 0 where a rollout is waited for."""
 
     def __post_init__(self):
         counts = ("num_actors", "lanes_per_actor", "envs_per_lane", "unroll_length", "num_threads")
         for name in (*counts, "slots_per_lane"):
             if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise ValueError(f"expected actor.{name} >= 1, got {getattr(self, name)}")
-        if not 0 <= self.nice <= 19:
-            raise ValueError(f"expected actor.nice from 0 to 19, got {self.nice}")
+        if self.nice != "auto" and not 0 <= self.nice <= 19:
+            raise ValueError(f"expected actor.nice from 0 to 19, or auto, got {self.nice}")
 
     @property
     def num_lanes(self) -> int:
         return self.num_actors * self.lanes_per_actor
+
+    def resolved_nice(self, replays: bool) -> int:
+        """`nice` beside a learner that has a replay, or none."""
+        if self.nice != "auto":
+            return self.nice
+        return 19 if replays else 0
 
 
 class LaneState:
@@ -92,7 +98,7 @@ class LaneState:
         """New environments, seeded by (seed, lane, generation), and empty memories."""
         if self.envs is not None:
             self.envs.close()
-        with giving_way():
+        with threads_give_way():
             self.envs = self.make_envs()
         self.generation = generation
         num_envs = self.envs.num_envs
@@ -102,23 +108,6 @@ class LaneState:
         self.step = np.zeros(num_envs, np.int64)  # env steps of each running episode
         self.state = tree_map(lambda part: part.to(device), model.initial_state(num_envs))
         self.policy_state = policy.initial_state(num_envs)
-
-
-@contextlib.contextmanager
-def giving_way() -> Iterator[None]:
-    """Threads and processes that begin in here never push aside whoever runs already: those of
-    environments would keep the one that acts, and has the next actions for them, waiting."""
-    changed = False
-    with contextlib.suppress(OSError):  # a container may forbid it
-        if os.sched_getscheduler(0) == os.SCHED_OTHER:  # else somebody has decided
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-            changed = True
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            if changed:
-                os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 class Actor:

@@ -24,6 +24,7 @@ import numpy as np
 from asyncrl.disk import CheckpointError
 from asyncrl.logs import EventLog
 from asyncrl.plan import EXIT_FAILED, EXIT_REFUSED, Plan, prepare_main
+from asyncrl.priority import give_way
 from asyncrl.threads import Threads, halves
 from asyncrl.transport.ring import Ring, Word
 from asyncrl.transport.shared_memory import Doorbell, Segment, die_with_parent
@@ -139,7 +140,7 @@ def run_actor(process: Process, index: int, generation: int) -> None:
     from asyncrl.guards import EnvFailed
 
     config, links = process.config.actor, process.connections
-    os.nice(config.nice)
+    give_way(config.resolved_nice(process.config.algorithm.kept_env_steps > 0))
     torch.set_num_threads(config.num_threads)
     torch.set_flush_denormal(True)
     rebuilds = links.rings[index * config.lanes_per_actor].words[Word.REBUILDS :][:1]
@@ -273,7 +274,7 @@ def run_evaluator(process: Process, index: int, generation: int) -> None:
     from asyncrl.evaluate import play_games, summarise
     from asyncrl.guards import EnvFailed, GuardedEnvs
 
-    os.nice(19)
+    give_way(19)
     torch.set_num_threads(1)
     config, links = process.config.evaluation, process.connections
     status, weights = links.status, WeightsReader(links.weights)
