@@ -60,27 +60,21 @@ class ActorConfig:
     """Of the acting copy of the weights. auto: bfloat16 where the hardware multiplies it."""
     num_threads: int = 1
     """Torch threads for acting."""
-    nice: int | Literal["auto"] = "auto"
-    """Priority given away to the learner, 0 to 19: it matters where cores are few. auto: 19 beside
-    a replay, from which there is always something to learn; 0 where a rollout is waited for."""
+    nice: int = 0
+    """Priority given away to the learner and to whatever else runs, 0 to 19. On a machine of its
+    own, with few cores, DQN is faster with 19; a learner that waits for rollouts is not."""
 
     def __post_init__(self):
         counts = ("num_actors", "lanes_per_actor", "envs_per_lane", "unroll_length", "num_threads")
         for name in (*counts, "slots_per_lane"):
             if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise ValueError(f"expected actor.{name} >= 1, got {getattr(self, name)}")
-        if self.nice != "auto" and not 0 <= self.nice <= 19:
-            raise ValueError(f"expected actor.nice from 0 to 19, or auto, got {self.nice}")
+        if not 0 <= self.nice <= 19:
+            raise ValueError(f"expected actor.nice from 0 to 19, got {self.nice}")
 
     @property
     def num_lanes(self) -> int:
         return self.num_actors * self.lanes_per_actor
-
-    def resolved_nice(self, replays: bool) -> int:
-        """`nice` beside a learner that has a replay, or none."""
-        if self.nice != "auto":
-            return self.nice
-        return 19 if replays else 0
 
 
 class LaneState:

@@ -33,6 +33,7 @@ from asyncrl.transport.weights import WeightsBuffer, WeightsReader, WeightsWrite
 from asyncrl.types import Spec, fields_from_json
 
 MAX_PERIODS = 10  # of evaluation, that training goes on for while games of one do not end
+EVALUATOR_NICE = 5  # twice as slow as with 0 where all cores are busy; with 19 games hardly end
 MAX_ENV_FAILURES = 10  # of an actor's environments, without a whole unroll in between
 
 
@@ -140,7 +141,7 @@ def run_actor(process: Process, index: int, generation: int) -> None:
     from asyncrl.guards import EnvFailed
 
     config, links = process.config.actor, process.connections
-    give_way(config.resolved_nice(process.config.algorithm.kept_env_steps > 0))
+    give_way(config.nice)
     torch.set_num_threads(config.num_threads)
     torch.set_flush_denormal(True)
     rebuilds = links.rings[index * config.lanes_per_actor].words[Word.REBUILDS :][:1]
@@ -274,7 +275,7 @@ def run_evaluator(process: Process, index: int, generation: int) -> None:
     from asyncrl.evaluate import play_games, summarise
     from asyncrl.guards import EnvFailed, GuardedEnvs
 
-    give_way(19)
+    give_way(EVALUATOR_NICE)
     torch.set_num_threads(1)
     config, links = process.config.evaluation, process.connections
     status, weights = links.status, WeightsReader(links.weights)

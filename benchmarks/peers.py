@@ -37,6 +37,7 @@ TASKS = {
             "algorithm.double": False, "model.dueling": False, "algorithm.n-step": 1,
             "algorithm.batch-size": 32, "algorithm.replay.samples-per-insert": 8,
             "algorithm.replay.capacity": 100_000, "algorithm.replay.learning-starts": 2_000,
+            "actor.nice": 19,
         },
     ),
     "a2c": Task(80, 80, "breakout_a2c", ("sb3", "sb3-tuned"), ON_POLICY),

@@ -38,9 +38,6 @@ def test_a_session_of_ones_own_gives_way_and_nobody_elses():
     assert ask(0, leads=True)[0] == ours
 
 
-def test_actors_give_way_to_a_learner_that_always_has_something_to_learn():
-    assert ActorConfig().resolved_nice(replays=True) == 19
-    assert ActorConfig().resolved_nice(replays=False) == 0
-    assert ActorConfig(nice=5).resolved_nice(replays=True) == 5
-    with pytest.raises(ValueError, match=r"actor\.nice from 0 to 19, or auto, got 20"):
+def test_nobody_can_ask_for_more_than_there_is():
+    with pytest.raises(ValueError, match=r"actor\.nice from 0 to 19, got 20"):
         ActorConfig(nice=20)
