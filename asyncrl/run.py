@@ -33,7 +33,7 @@ from asyncrl.transport.weights import WeightsBuffer, WeightsReader, WeightsWrite
 from asyncrl.types import Spec, fields_from_json
 
 MAX_PERIODS = 10  # of evaluation, that training goes on for while games of one do not end
-EVALUATOR_NICE = 5  # twice as slow as with 0 where all cores are busy; with 19 games hardly end
+EVALUATOR_NICE = 5  # at 19 its games hardly end where all cores are busy (docs/speed.md)
 MAX_ENV_FAILURES = 10  # of an actor's environments, without a whole unroll in between
 
 
