@@ -85,6 +85,7 @@ class LaneState:
         self.writer = UnrollWriter(ring)
         self.make_envs = make_envs
         self.envs: EnvGroup | None = None
+        self.unroll: Unroll | None = None  # the one that is being played, in its slot
 
     def restart(
         self, seed: int, generation: int, model: nn.Module, policy: Mixture, device
@@ -139,40 +140,32 @@ class Actor:
         return [lane for lane in self.lanes if lane.writer.sequence == behind]
 
     def may_begin(self) -> bool:
-        """Whether every lane that is due may begin its next unroll."""
-        return all(lane.writer.may_begin() for lane in self.due())
+        """Whether every lane that is due has begun its next unroll or may begin it."""
+        return all(lane.unroll is not None or lane.writer.may_begin() for lane in self.due())
 
     def play(self) -> None:
-        """One unroll of each due lane; a step of one overlaps the net's turn with the next."""
+        """One unroll of each due lane; a step of one overlaps the net's turn with the next.
+
+        So it goes on between unrolls: all lanes but the last begin the next one here if they may.
+        """
         self._spend(Word.TIME_WAIT)
-        self._pull()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             self._play(self.due())
 
     def _play(self, lanes: list[LaneState]) -> None:
-        self._spend(Word.TIME_PULL)
         for lane in lanes:
-            if lane.envs is None or lane.generation != self.generation + self.epoch:
-                self.fresh.add(lane.index)
-                self.beat()
-                lane.restart(
-                    self.seed, self.generation + self.epoch, self.model, self.policy, self.device
-                )
-                self._spend(Word.TIME_ENV)
-        unrolls = [self._begin(lane) for lane in lanes]
-        self._redraw(lanes[0])
-        T = self.config.unroll_length
-        for t in range(T):
-            for lane, unroll in zip(lanes, unrolls, strict=True):
-                if t > 0:
-                    self._finish(lane, unroll, t - 1)
-                self._act(lane, unroll, t)
-        for lane, unroll in zip(lanes, unrolls, strict=True):
-            self._finish(lane, unroll, T - 1)
-            if self.blind:
-                self._advance(lane, unroll)
-            check_log_probs(unroll.log_prob, unroll.policy, self.policy.names)
-            lane.writer.commit()
+            if lane.unroll is None:
+                self._begin(lane, pull=lane is lanes[0])
+        for t in range(1, self.config.unroll_length):
+            for lane in lanes:
+                self._finish(lane, lane.unroll, t - 1)
+                self._act(lane, lane.unroll, t)
+        goes_on = lanes == self.lanes  # else some of them are behind
+        for lane in lanes:
+            self._end(lane)
+            goes_on = goes_on and lane is not lanes[-1] and lane.writer.may_begin()
+            if goes_on:
+                self._begin(lane, pull=lane is lanes[0])
 
     def idle(self) -> None:
         """To be called now and then while there is nothing to play."""
@@ -193,13 +186,27 @@ class Actor:
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items():
                 tensor.copy_(torch.from_numpy(pulled["model"][name]))
+        torch.clear_autocast_cache()  # of what was converted before
         self.env_steps = int(pulled["context"]["env_steps"])
         self.epoch = int(pulled["context"]["epoch"])
         lengths = zip(self.policy.names, pulled["context"]["recent_lengths"], strict=True)
         self.recent_lengths = {name: row[row > 0] for name, row in lengths}
 
-    def _begin(self, lane: LaneState) -> Unroll:
-        """The lane's reserved slot with all that is known before the first step."""
+    def _begin(self, lane: LaneState, pull: bool) -> None:
+        """Reserve the slot of a lane's next unroll, fill in all that is known and act on row 0.
+
+        The first lane of a round pulls weights, for all: the others have acted on their last rows.
+        """
+        if pull:
+            self._pull()
+            self._spend(Word.TIME_PULL)
+        if lane.envs is None or lane.generation != self.generation + self.epoch:
+            self.fresh.add(lane.index)
+            self.beat()
+            lane.restart(
+                self.seed, self.generation + self.epoch, self.model, self.policy, self.device
+            )
+            self._spend(Word.TIME_ENV)
         unroll = lane.writer.reserve()
         if unroll is None:
             raise RuntimeError(f"lane {lane.index} may not begin; expected may_begin() to hold")
@@ -213,7 +220,19 @@ class Actor:
         lane.rng = unroll_rng(self.seed, lane.index, lane.writer.sequence)
         where = lane.index, self.config.num_lanes
         lane.context = Context(self.env_steps, *where, self.recent_lengths)
-        return unroll
+        if pull:
+            self._redraw(lane)
+        lane.unroll = unroll
+        self._act(lane, unroll, 0)
+
+    def _end(self, lane: LaneState) -> None:
+        """Finish the last row of a lane's unroll and hand it to the learner."""
+        unroll, lane.unroll = lane.unroll, None
+        self._finish(lane, unroll, self.config.unroll_length - 1)
+        if self.blind:
+            self._advance(lane, unroll)
+        check_log_probs(unroll.log_prob, unroll.policy, self.policy.names)
+        lane.writer.commit()
 
     def _redraw(self, lane: LaneState) -> None:
         """Noise of one's own for noisy layers, in place of the learner's that came with them."""

@@ -116,8 +116,8 @@ class Learner:
         now = time.monotonic()
         self.started = self.last_checkpoint = self.last_log = now
         self.saved = self.env_steps, self.updates
-        counts = {"env_steps": self.env_steps, "updates": self.updates}
-        self.rates = {name: metrics.Rate(count) for name, count in counts.items()}
+        self.logged = self.saved if resumed else None  # in the newest row of metrics
+        self.step_rate, self.update_rate = map(metrics.Rate, self.saved)
         self.actor_shares = metrics.ActorShares(self.rings[:: self.actors.lanes_per_actor])
         self.process = psutil.Process()
         self.publish()  # last, because a version says that all before it is done
@@ -305,7 +305,8 @@ class Learner:
         """The last row of metrics and, where no turn must be kept, the last checkpoint."""
         if self.stopped:
             return
-        self.write_metrics()
+        if self.logged != (self.env_steps, self.updates):  # else a row that shows all rates as 0
+            self.write_metrics()
         new = self.saved != (self.env_steps, self.updates)  # else a finished run was begun again
         if not self.turn_based or (self.done() and self.whole and new):
             self.epoch += self.turn_based  # a longer run will make its environments anew here
@@ -379,8 +380,8 @@ class Learner:
             "envs/rebuilt": self.num_rebuilt(),
             "episodes": self.episodes.num_episodes,
             **self.episodes.summary(),
-            "rate/env_steps": self.rates["env_steps"].per_second_since_last(self.env_steps),
-            "rate/updates": self.rates["updates"].per_second_since_last(self.updates),
+            "rate/env_steps": self.step_rate.per_second_since_last(self.env_steps),
+            "rate/updates": self.update_rate.per_second_since_last(self.updates),
             "ring/fill": float(np.mean(in_flight)) / self.actors.slots_per_lane,
             **self.store.metrics(),
             "limiter/samples_per_insert": limiter.actual(),
@@ -396,4 +397,4 @@ class Learner:
         row["bottleneck"] = metrics.bottleneck(row)
         with self.shares.time("log"):
             self.log.write(row)
-        self.last_log = time.monotonic()
+        self.last_log, self.logged = time.monotonic(), (self.env_steps, self.updates)

@@ -189,7 +189,7 @@ def rebuild(actor) -> None:
         if lane.envs is not None:
             with contextlib.suppress(Exception):  # they have failed already
                 lane.envs.close()
-        lane.envs = None
+        lane.envs = lane.unroll = None
 
 
 def run_learner(process: Process, index: int, generation: int) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from asyncrl.actor import Actor, ActorConfig, context_fields
 from asyncrl.env_config import EnvConfig
+from asyncrl.env_group import EnvGroup
 from asyncrl.envs import make_envs
 from asyncrl.models.cores import FrameStack
 from asyncrl.policies import Greedy, Mixture, Part, Random
@@ -40,27 +43,37 @@ class Indifferent(nn.Module):
         return {"q": self.q.expand(*first.shape, 4)}, state
 
 
+def actor_of(
+    config: ActorConfig, mix: Mixture, model: nn.Module, envs_of=lambda: make_envs(BREAKOUT, B)
+) -> tuple[Actor, list[UnrollReader], Callable[[dict], None]]:
+    """An actor on plain memory, its lanes' other ends and what publishes a state dict."""
+    envs = make_envs(BREAKOUT, 1)
+    states = tree_map(lambda part: Field(tuple(part.shape[1:]), "uint8"), model.initial_state(1))
+    spec = Spec(config.unroll_length, B, envs.observation_space, envs.action_space, states)
+    envs.close()
+    slots, lanes = config.slots_per_lane, range(config.lanes_per_actor)
+    rings = {lane: Ring(bytearray(Ring.nbytes(spec, slots)), spec, slots) for lane in lanes}
+    fields = weights_fields(model.state_dict(), context_fields(len(mix.parts)))
+    buffer = WeightsBuffer(bytearray(WeightsBuffer.nbytes(fields)), fields)
+    writer = WeightsWriter(buffer)
+
+    def publish(weights: dict[str, torch.Tensor]) -> None:
+        for name, tensor in weights.items():
+            writer.back()["model"][name][...] = tensor
+        writer.publish()
+
+    publish(model.state_dict())
+    actor = Actor(0, config, rings, WeightsReader(buffer), model, mix, envs_of, seed=1)
+    return actor, [UnrollReader(ring) for ring in rings.values()], publish
+
+
 def play(
     mix: Mixture, num_unrolls: int, model: nn.Module | None = None, precision: str = "auto"
 ) -> dict[str, np.ndarray]:
     """Columns (rows, B) of what an actor wrote."""
-    model = model or Indifferent()
     config = ActorConfig(lanes_per_actor=1, envs_per_lane=B, unroll_length=T, precision=precision)
-    envs = make_envs(BREAKOUT, 1)
-    states = tree_map(lambda part: Field(tuple(part.shape[1:]), "uint8"), model.initial_state(1))
-    spec = Spec(T, B, envs.observation_space, envs.action_space, states)
-    envs.close()
-    ring = Ring(bytearray(Ring.nbytes(spec, config.slots_per_lane)), spec, config.slots_per_lane)
-    fields = weights_fields(model.state_dict(), context_fields(len(mix.parts)))
-    buffer = WeightsBuffer(bytearray(WeightsBuffer.nbytes(fields)), fields)
-    writer, reader, unrolls = WeightsWriter(buffer), UnrollReader(ring), []
-    for name, tensor in model.state_dict().items():
-        writer.back()["model"][name][...] = tensor
-    writer.publish()
-    actor = Actor(
-        0, config, {0: ring}, WeightsReader(buffer), model, mix,
-        lambda: make_envs(BREAKOUT, B), seed=1,
-    )  # fmt: skip
+    actor, (reader,), _ = actor_of(config, mix, model or Indifferent())
+    unrolls = []
     for unroll in range(num_unrolls):
         reader.permit(unroll + 1)
         actor.play()
@@ -174,7 +187,6 @@ def test_lengths_by_policy_are_not_looked_at_where_parts_change_within_a_game():
     Mixture((master, Part("far", RandomSwitch(Greedy(), Random()))), "life")
 
 
-
 def test_a_log_probability_that_is_none_is_not_handed_on():
     class Forgetful(Random):
         def __call__(self, outputs, state, first, step, context, rng):
@@ -215,3 +227,78 @@ def test_environments_may_use_gradients():
 
     play(Mixture((Part("random", Looks()),)), 1)
     assert seen and all(seen)
+
+
+class Biased(Indifferent):
+    """Likes best what its bias does, at first action 1; `seen(rows)` is told of each row."""
+
+    def __init__(self, seen: Callable[[int], None]):
+        super().__init__()
+        self.layer, self.rows, self.seen = nn.Linear(84, 4), 0, seen
+        nn.init.zeros_(self.layer.weight)
+        self.layer.bias.data = torch.eye(4)[1]
+
+    def forward(self, obs, first, state):
+        self.rows += 1
+        self.seen(self.rows)
+        return {"q": self.layer(obs[..., 0, :] / 255)}, state
+
+
+def test_a_lane_goes_on_while_the_others_end_and_every_unroll_is_of_one_version():
+    T, rounds, order = 3, 4, []
+
+    class Watched(EnvGroup):
+        """Says who is sent to and received from."""
+
+        def __init__(self):
+            super().__init__(make_envs(BREAKOUT, B)._env, BREAKOUT, B)
+            self.lane = len(made)
+            made.append(self)
+
+        def send(self, action):
+            order.append(f"send {self.lane}")
+            super().send(action)
+
+        def recv(self, *timeout):
+            order.append(f"recv {self.lane}")
+            return super().recv(*timeout)
+
+    versions = itertools.count(2)
+
+    def seen(row: int) -> None:
+        """New weights, when the first lane has begun and in the middle: version v likes v % 4."""
+        if row % (2 * T) in (1, T):
+            bias = torch.eye(4)[next(versions) % 4]
+            publish(model.state_dict() | {"layer.bias": bias})
+
+    made, model = [], Biased(seen)
+    config = ActorConfig(envs_per_lane=B, unroll_length=T, precision="bfloat16")
+    mix = Mixture((Part("greedy", Greedy()),))
+    actor, readers, publish = actor_of(config, mix, model, Watched)
+    for played in range(1, rounds + 1):
+        for reader in readers:
+            reader.permit(played + (played < rounds))  # one more, but for the last round
+        order.clear()
+        actor.play()
+        ends = ["recv 0", "send 0", "recv 1"] if played < rounds else ["recv 0", "recv 1"]
+        assert order[-len(ends) :] == ends  # the next unroll of one beside this one of the other
+        assert order.count("send 1") == T
+        actions = []
+        for reader in readers:
+            unroll, _ = reader.take()
+            assert (unroll.action == unroll.header.version % 4).all()
+            actions.append(unroll.action.copy())
+            reader.release()
+        assert (actions[0] == actions[1]).all()
+    assert model.rows == 2 * T * rounds
+    actor.close()
+
+
+def test_an_actor_leaves_with_a_step_under_way():
+    actor, readers, _ = actor_of(ActorConfig(envs_per_lane=B, unroll_length=2),
+                                 Mixture((Part("random", Random()),)), Indifferent())  # fmt: skip
+    for reader in readers:
+        reader.permit(2)
+    actor.play()
+    assert [lane.unroll is not None for lane in actor.lanes] == [True, False]
+    actor.close()

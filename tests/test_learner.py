@@ -196,6 +196,21 @@ def run_for(box: Box, updates: int) -> None:
     box.learner.write_metrics()
 
 
+def test_no_row_of_metrics_repeats_the_one_before(tmp_path):
+    """Its rates would be 0."""
+    box, rows = Box(tmp_path, 1), lambda: len((tmp_path / "metrics.jsonl").read_text().split("\n"))
+    run_for(box, 2)  # with a row at the end
+    before = rows()
+    box.learner.finish()
+    assert rows() == before
+    again = Box(tmp_path, 1, resume=True)
+    again.learner.finish()
+    assert rows() == before
+    again.turn([again.make_actor(0, 1)])
+    again.learner.finish()
+    assert rows() == before + 1
+
+
 def test_checkpoints_that_are_gone_are_not_begun_anew(tmp_path):
     """Their logs are all that is left: they stay as they are, and it is said what is missing."""
     box = Box(tmp_path, 1)
