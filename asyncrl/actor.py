@@ -200,12 +200,11 @@ class Actor:
         if pull:
             self._pull()
             self._spend(Word.TIME_PULL)
-        if lane.envs is None or lane.generation != self.generation + self.epoch:
+        generation = self.generation + self.epoch
+        if lane.envs is None or lane.generation != generation:
             self.fresh.add(lane.index)
             self.beat()
-            lane.restart(
-                self.seed, self.generation + self.epoch, self.model, self.policy, self.device
-            )
+            lane.restart(self.seed, generation, self.model, self.policy, self.device)
             self._spend(Word.TIME_ENV)
         unroll = lane.writer.reserve()
         if unroll is None:
