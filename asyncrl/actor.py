@@ -126,8 +126,8 @@ class Actor:
         self.bfloat16 = computes_in_bfloat16(config.precision, self.device, self.model)
         self.noisy = noisy_layers(self.model)
         # Random play needs the model's memory at the end of an unroll, not what it makes of a row.
-        one_state = all(ring.num_states == 1 for ring in rings.values())
-        self.blind = policy.blind and one_state and hasattr(model, "advance")
+        each_row = any(ring.spec.num_states > 1 or ring.spec.values for ring in rings.values())
+        self.blind = policy.blind and not each_row and hasattr(model, "advance")
         self.policy, self.seed, self.generation = policy, seed, generation
         self.lanes = [LaneState(lane, ring, make_envs) for lane, ring in rings.items()]
         self.fresh: set[int] = set()  # lanes whose environments have not made their first step
@@ -226,8 +226,13 @@ class Actor:
 
     def _end(self, lane: LaneState) -> None:
         """Finish the last row of a lane's unroll and hand it to the learner."""
-        unroll, lane.unroll = lane.unroll, None
-        self._finish(lane, unroll, self.config.unroll_length - 1)
+        unroll, lane.unroll, T = lane.unroll, None, self.config.unroll_length
+        self._finish(lane, unroll, T - 1)
+        if len(unroll.value):
+            state = tree_map(torch.clone, lane.state)
+            self._evaluate(lane, unroll, T)
+            lane.state = state  # row T is the next unroll's row 0
+            self._spend(Word.TIME_INFERENCE)
         if self.blind:
             self._advance(lane, unroll)
         check_log_probs(unroll.log_prob, unroll.policy, self.policy.names)
@@ -248,7 +253,7 @@ class Actor:
 
     def _act(self, lane: LaneState, unroll: Unroll, t: int) -> None:
         """Evaluate row t, choose its actions, and set the environments going."""
-        s, between = divmod(t * lane.ring.num_states, self.config.unroll_length)
+        s, between = divmod(t * lane.ring.spec.num_states, self.config.unroll_length)
         if not between:  # a state to be stored; the slot has room for one stack of frames only
             tree_map(lambda slot, part: slot[s : s + 1].__setitem__(..., part.cpu().numpy()),
                      unroll.state, lane.state)  # fmt: skip
@@ -274,6 +279,8 @@ class Actor:
             lane.outputs = {
                 name: part[0].to("cpu", torch.float32).numpy() for name, part in outputs.items()
             }
+        if len(unroll.value):
+            unroll.value[t] = lane.outputs["value"]
 
     def _advance(self, lane: LaneState, unroll: Unroll) -> None:
         """The model's state behind all rows, where it has seen no more than the first."""

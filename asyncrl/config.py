@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import typeguard
 import tyro
+from gymnasium.spaces import Space
 from torch import nn
 
 from asyncrl.actor import ActorConfig
@@ -30,6 +31,7 @@ from asyncrl.evaluate import EvaluationConfig
 from asyncrl.foreign import name_of
 from asyncrl.learner_config import LearnerConfig
 from asyncrl.models import ModelConfig
+from asyncrl.types import Spec, Tree
 
 ALL_ITEMS = typeguard.CollectionCheckStrategy.ALL_ITEMS
 
@@ -67,6 +69,15 @@ class Config:
             raise ValueError(f"expected total_env_steps >= 1, got {self.total_env_steps}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"expected seed from 0 to 2**63 - 1, got {self.seed}")
+
+    def spec(self, observation_space: Space, action_space: Space, state: Tree) -> Spec:
+        """What an unroll holds, for a model with such fields of a state."""
+        actor, algorithm = self.actor, self.algorithm
+        return Spec(
+            actor.unroll_length, actor.envs_per_lane, observation_space, action_space, state,
+            num_states=getattr(algorithm, "num_states", 1),
+            values=getattr(algorithm, "records_values", False),
+        )  # fmt: skip
 
 
 def load_launch_file(path: Path, original: Path | None = None) -> types.ModuleType:

@@ -264,13 +264,10 @@ def wire(config):
     """(spec, model) of a configuration, as a run makes them."""
     from asyncrl.envs import make_envs
     from asyncrl.models.contract import state_fields
-    from asyncrl.types import Spec
 
     envs = make_envs(config.env, 1)
     spaces = envs.observation_space, envs.action_space
     envs.close()
     model = config.model(*spaces)
     state = state_fields(model, config.algorithm.head, *spaces)
-    num_states = getattr(config.algorithm, "num_states", 1)
-    actor = config.actor
-    return Spec(actor.unroll_length, actor.envs_per_lane, *spaces, state, num_states), model
+    return config.spec(*spaces, state), model

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from asyncrl.folder import Refused
 from asyncrl.plan import Plan
+from asyncrl.spec_json import fields_from_json, spec_from_json
 from asyncrl.transport.ring import Ring, Word
 from asyncrl.transport.shared_memory import Doorbell, Segment
 from asyncrl.transport.status import STATUS_BYTES, Status
 from asyncrl.transport.weights import WeightsBuffer
-from asyncrl.types import Spec, fields_from_json
 
 
 class Memory:
@@ -28,7 +28,7 @@ class Memory:
             ) from None
 
     def _make(self, plan: Plan) -> None:
-        spec = Spec.from_json(plan.spec)
+        spec = spec_from_json(plan.spec)
         lane_nbytes = Ring.nbytes(spec, plan.slots_per_lane)
         weights_nbytes = WeightsBuffer.nbytes(fields_from_json(plan.weights))
         self.segments = {

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from asyncrl.foreign import nobody_reads
+from asyncrl.spec_json import fields_to_json, spec_to_json
 from asyncrl.transport.ring import Ring
 from asyncrl.transport.weights import WeightsBuffer
-from asyncrl.types import Spec, fields_to_json
 
 EXIT_FAILED, EXIT_REFUSED = 1, 2
 MAX_THREADS = 1_000  # beyond which some libraries do not refuse, but crash
@@ -96,9 +96,7 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
         config = replace(config, actor=replace(config.actor, num_actors=number))
         measured = ["--actor.num-actors", str(number)]
     actor = config.actor
-    num_states = getattr(config.algorithm, "num_states", 1)
-    sizes = actor.unroll_length, actor.envs_per_lane
-    spec = Spec(*sizes, observation_space, action_space, state, num_states)
+    spec = config.spec(observation_space, action_space, state)
     store_device = config.algorithm.store_device
     for name in {config.learner.device, actor.device, store_device} - {"auto"}:
         try:
@@ -146,7 +144,7 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
     saved = saved(model, spec, actor.num_lanes) + 4 * parameters  # the best and one on its way too
     return Plan(
         config=describe(config),
-        spec=spec.to_json(),
+        spec=spec_to_json(spec),
         weights=fields_to_json(weights),
         memory=memory,
         disk_nbytes=int(streamed) + (config.learner.keep_checkpoints + 2) * saved,

@@ -25,12 +25,12 @@ from asyncrl.disk import CheckpointError
 from asyncrl.logs import EventLog
 from asyncrl.plan import EXIT_FAILED, EXIT_REFUSED, Plan, prepare_main
 from asyncrl.priority import give_way
+from asyncrl.spec_json import fields_from_json, spec_from_json
 from asyncrl.threads import Threads, halves
 from asyncrl.transport.ring import Ring, Word
 from asyncrl.transport.shared_memory import Doorbell, Segment, die_with_parent
 from asyncrl.transport.status import Status
 from asyncrl.transport.weights import WeightsBuffer, WeightsReader, WeightsWriter
-from asyncrl.types import Spec, fields_from_json
 
 MAX_PERIODS = 10  # of evaluation, that training goes on for while games of one do not end
 EVALUATOR_NICE = 5  # at 19 its games hardly end where all cores are busy (docs/speed.md)
@@ -41,7 +41,7 @@ class Connections:
     """The shared memory and doorbells of a run, as a child attaches them by file descriptor."""
 
     def __init__(self, plan: Plan, fds: dict):
-        spec = Spec.from_json(plan.spec)
+        spec = spec_from_json(plan.spec)
         self.status = Status(Segment.attach(fds["status"]).buffer)
         weights = WeightsBuffer(
             Segment.attach(fds["weights"]).buffer, fields_from_json(plan.weights)

@@ -44,12 +44,17 @@ class Indifferent(nn.Module):
 
 
 def actor_of(
-    config: ActorConfig, mix: Mixture, model: nn.Module, envs_of=lambda: make_envs(BREAKOUT, B)
+    config: ActorConfig,
+    mix: Mixture,
+    model: nn.Module,
+    envs_of=lambda: make_envs(BREAKOUT, B),
+    values: bool = False,
 ) -> tuple[Actor, list[UnrollReader], Callable[[dict], None]]:
     """An actor on plain memory, its lanes' other ends and what publishes a state dict."""
     envs = make_envs(BREAKOUT, 1)
     states = tree_map(lambda part: Field(tuple(part.shape[1:]), "uint8"), model.initial_state(1))
-    spec = Spec(config.unroll_length, B, envs.observation_space, envs.action_space, states)
+    its_spaces = envs.observation_space, envs.action_space
+    spec = Spec(config.unroll_length, B, *its_spaces, states, values=values)
     envs.close()
     slots, lanes = config.slots_per_lane, range(config.lanes_per_actor)
     rings = {lane: Ring(bytearray(Ring.nbytes(spec, slots)), spec, slots) for lane in lanes}
@@ -68,11 +73,15 @@ def actor_of(
 
 
 def play(
-    mix: Mixture, num_unrolls: int, model: nn.Module | None = None, precision: str = "auto"
+    mix: Mixture,
+    num_unrolls: int,
+    model: nn.Module | None = None,
+    precision: str = "auto",
+    values: bool = False,
 ) -> dict[str, np.ndarray]:
     """Columns (rows, B) of what an actor wrote."""
     config = ActorConfig(lanes_per_actor=1, envs_per_lane=B, unroll_length=T, precision=precision)
-    actor, (reader,), _ = actor_of(config, mix, model or Indifferent())
+    actor, (reader,), _ = actor_of(config, mix, model or Indifferent(), values=values)
     unrolls = []
     for unroll in range(num_unrolls):
         reader.permit(unroll + 1)
@@ -82,7 +91,7 @@ def play(
     actor.close()
     names = ("policy", "terminated", "episode_length", "first")
     columns = {name: np.concatenate([getattr(row, name)[:T] for row in unrolls]) for name in names}
-    return columns | {"state": [row.state for row in unrolls]}
+    return columns | {name: [getattr(row, name) for row in unrolls] for name in ("state", "value")}
 
 
 class Rounded(Indifferent):
@@ -131,8 +140,9 @@ class Stacking(Indifferent):
 
     def forward(self, obs, first, state):
         self.rows += 1
-        _, state = self.stack(obs, first, state)
-        return super().forward(obs, first, state)
+        stack, state = self.stack(obs, first, state)
+        outputs, state = super().forward(obs, first, state)
+        return outputs | {"value": stack.float().mean((2, 3, 4))}, state
 
 
 class Seeing(Random):
@@ -158,6 +168,18 @@ def test_random_play_evaluates_no_net_and_remembers_what_it_would():
         mixed = Stacking()
         play(Mixture((Part("random", Random()), Part("seeing", policy, 0.0))), 2, mixed)
         assert mixed.rows == 2 * T
+
+
+def test_values_are_of_each_row_and_of_the_one_to_bootstrap_from_which_is_remembered_once():
+    model, num_unrolls, mix = Stacking(), 30, Mixture((Part("random", Random()),))
+    played = play(mix, num_unrolls, model, values=True)
+    assert model.rows == num_unrolls * (T + 1)  # though nobody looks
+    expected = play(mix, num_unrolls, Stacking())
+    for state, same in zip(played["state"], expected["state"], strict=True):
+        np.testing.assert_array_equal(state["frames"], same["frames"])
+    for before, after in itertools.pairwise(played["value"]):
+        assert before.shape == (T + 1, B) and (before > 10).all()
+        np.testing.assert_array_equal(before[T], after[0])  # the weights are the same
 
 
 @pytest.mark.parametrize("scope", ["game", "life"])

@@ -256,6 +256,21 @@ def test_a2c_is_ppo_with_one_epoch_of_one_minibatch(optimizer, minibatch_of):
         assert (tensor - before[name]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("changes", [{}, {"clip_value": 0.1}, {"estimator": "n_step"}])
+def test_values_that_actors_sent_are_what_advantages_are_made_of(changes):
+    """Those of the learner's own teach what its own pass does, and others something else."""
+    config = replace(PPO, **changes)
+    one, other, wrong = built(config), built(config), built(config)
+    rollout = random_rollout(np.random.default_rng(0))
+    value, _ = ac.evaluate(one.teams.forward, rollout, 1000)
+    one.update(Given(rollout))
+    other.update(Given(rollout._replace(value=value)))
+    wrong.update(Given(rollout._replace(value=value + torch.arange(T + 1).unsqueeze(1))))
+    for name, tensor in one.model.state_dict().items():
+        torch.testing.assert_close(tensor, other.model.state_dict()[name], rtol=0, atol=1e-6)
+        assert not torch.allclose(tensor, wrong.model.state_dict()[name], atol=1e-4)
+
+
 def test_minibatches_are_all_steps_once_an_epoch():
     algorithm = built(replace(PPO, epochs=3, num_minibatches=4))
     rollout, seen = random_rollout(np.random.default_rng(0)), []
@@ -508,6 +523,9 @@ def test_settings_that_cannot_be_are_refused():
     for wrong in ({"epochs": 0}, {"num_minibatches": 0}, {"clip_ratio": -0.1}, {"target_kl": -1.0}):
         with pytest.raises(ValueError, match="expected"):
             PPOConfig(**wrong)
+    PPOConfig(estimator="vtrace", values_by="learner")
+    with pytest.raises(ValueError, match="expected values_by auto or learner for vtrace, got act"):
+        PPOConfig(estimator="vtrace", values_by="actor")
     with pytest.raises(ValueError, match="expected clip_rho of at least 0"):
         A2CConfig(clip_rho=-1.0)
     A2CConfig(clip_rho=0.5)

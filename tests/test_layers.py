@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "asyncrl"
 
 LAYERS = [
     {"types", "disk", "describe", "state", "schedules", "sampling", "limits", "example_envs"}
-    | {"foreign", "priority"},
+    | {"foreign", "priority", "spec_json"},
     {
         "env_actions",
         "env_config",

@@ -17,6 +17,7 @@ from asyncrl.actor import Actor, ActorConfig, context_fields
 from asyncrl.algorithms import actor_critic as ac
 from asyncrl.algorithms.a2c import A2CConfig
 from asyncrl.algorithms.ppo import PPOConfig
+from asyncrl.config import Config
 from asyncrl.env_config import EnvConfig
 from asyncrl.envs import make_envs
 from asyncrl.guards import OutOfMemory
@@ -30,7 +31,6 @@ from asyncrl.state import flatten
 from asyncrl.stores.rollout import Rollout, RolloutConfig
 from asyncrl.transport.ring import Ring, Word
 from asyncrl.transport.weights import WeightsBuffer, WeightsReader, WeightsWriter, weights_fields
-from asyncrl.types import Spec
 from tests.test_guards import limit_memory
 
 CPU = torch.device("cpu")
@@ -120,7 +120,8 @@ class Box:
         self.spaces = envs.observation_space, envs.action_space
         model = self.make_model()
         state = state_fields(model, algorithm.head, *self.spaces)
-        self.spec = Spec(self.config.unroll_length, self.config.envs_per_lane, *self.spaces, state)
+        config = Config(self.env, algorithm=algorithm, actor=self.config)
+        self.spec = config.spec(*self.spaces, state)
         slots = self.config.slots_per_lane
         fields = weights_fields(model.state_dict(), context_fields(len(self.policy.names)))
         self.rings = [
@@ -192,7 +193,7 @@ def weights_of(algorithm) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("space", ACTIONS)
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_the_learner_finds_the_log_probabilities_that_were_sent(name, space, model, tmp_path):
+def test_the_learner_finds_the_log_probabilities_and_values_sent(name, space, model, tmp_path):
     """Over unrolls and updates: memories carried, cut at resets, and actions there and back."""
     env = envs_of(lambda: Walk(ACTIONS[space]))
     box = Box(tmp_path, ALGORITHMS[name], network(**MODELS[model]), env)
@@ -207,6 +208,9 @@ def test_the_learner_finds_the_log_probabilities_that_were_sent(name, space, mod
             value, log_prob = ac.evaluate(box.algorithm.teams.forward, rollout, rows)
             assert value.shape == (6, 4)
             torch.testing.assert_close(log_prob, rollout.log_prob, rtol=0, atol=1e-5)
+            if name == "ppo":
+                torch.testing.assert_close(value, rollout.value, rtol=0, atol=1e-5)
+        assert len(rollout.value) == 6 * (name == "ppo")
         if turn:
             zeros = {name: torch.zeros_like(part) for name, part in rollout.state.items()}
             forgetful = rollout._replace(state=zeros)

@@ -24,7 +24,7 @@ from asyncrl import (
 )
 from asyncrl.config import Config, load_launch_file
 from asyncrl.plan import Plan, prepare
-from asyncrl.types import Spec
+from asyncrl.spec_json import spec_from_json
 from tests.test_launch_files import LAUNCH_FILES
 
 PACKAGES = {"breakout": "ale_py", "pong": "ale_py", "lunarlander": "Box2D"}
@@ -50,7 +50,7 @@ def test_every_profile_can_begin(launch_file, monkeypatch):
         assert plan == Plan(**json.loads(json.dumps(dataclasses.asdict(plan))))
         assert plan.total_env_steps == profile.total_env_steps and plan.schedule == "async"
         assert plan.num_lanes == plan.num_actors * profile.actor.lanes_per_actor
-        spec = Spec.from_json(plan.spec)
+        spec = spec_from_json(plan.spec)
         assert spec.num_envs == profile.actor.envs_per_lane
         assert spec.num_states == getattr(profile.algorithm, "num_states", 1)
         is_home = name.startswith("home")

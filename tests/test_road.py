@@ -15,6 +15,7 @@ import pytest
 
 from asyncrl import cli
 from asyncrl.checkpoint import Checkpoints
+from asyncrl.spec_json import spec_from_json
 from asyncrl.types import Spec
 from tests.counting_env import length_of, terminates
 from tests.runs import EXACT, REPOSITORY
@@ -23,7 +24,7 @@ LAUNCH_FILES = Path(__file__).parent / "launch_files"
 
 
 def read_records(path: Path, run_folder: Path) -> tuple[Spec, list]:
-    spec = Spec.from_json(json.loads((run_folder / "plan.json").read_text())["spec"])
+    spec = spec_from_json(json.loads((run_folder / "plan.json").read_text())["spec"])
     data, size = path.read_bytes(), spec.layout.nbytes
     assert len(data) % size == 0
     return spec, [spec.layout.views(data, start) for start in range(0, len(data), size)]

@@ -165,6 +165,18 @@ def test_saved_and_loaded_it_is_the_same(count):
     assert other.insert_limit() == queue.insert_limit()
 
 
+def test_saved_without_values_that_are_needed_now_unrolls_are_dropped_and_counted():
+    """As by a revision that had none, or with other options."""
+    lanes = Lanes(make_spec(), 2)
+    queue = RolloutQueue(RolloutConfig(), lanes.spec, 2)
+    lanes.fill(queue, 3)
+    arrays, numbers = flatten(queue.state_dict())
+    other = RolloutQueue(RolloutConfig(), replace(lanes.spec, values=True), 2)
+    other.load_state_dict(unflatten(arrays | numbers))
+    assert not other.unrolls and other.dropped == 3
+    assert other.limiter.inserted == queue.limiter.inserted > 0
+
+
 # -- minibatches ---------------------------------------------------------------------------------
 
 

@@ -33,6 +33,10 @@ class PPOConfig:
     """Discount an env step."""
     estimator: ac.Estimator = "gae"
     """Of advantages: gae, n_step, or vtrace, which corrects for policies that lag."""
+    values_by: Literal["auto", "actor", "learner"] = "auto"
+    """Whose values advantages and targets are made of: those of the weights that acted, noted by
+    the actors on their way, or of the learner's, for another pass over each rollout. auto: the
+    actor's, but for vtrace, which needs that pass."""
     lambda_: float = 0.95
     """Of gae and vtrace."""
     n_step: int = 5
@@ -86,7 +90,17 @@ class PPOConfig:
                 "expected epochs and num_minibatches of at least 1, got "
                 f"{self.epochs} and {self.num_minibatches}"
             )
+        if self.estimator == "vtrace" and self.values_by == "actor":
+            raise ValueError(
+                "expected values_by auto or learner for vtrace, got actor: it compares the policy "
+                "that learns with the one that acted, which takes a pass over each rollout"
+            )
         check_gradient_settings(self.learning_rate, self.max_grad_norm, self.optimizer_eps)
+
+    @property
+    def records_values(self) -> bool:
+        """Whether actors note values."""
+        return self.values_by != "learner" and self.estimator != "vtrace"
 
     def policy(self) -> Sample:
         """How actors act unless the launch file says otherwise."""
@@ -187,9 +201,11 @@ class PPO:
         )  # fmt: skip
         pieces = N if self.of_sequences else T * N
         size = max(1, pieces // config.num_minibatches)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            rows = T * N // config.num_minibatches
-            value, current = ac.evaluate(self.teams.forward, rollout, rows)
+        value, current = rollout.value, None
+        if not len(value):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+                rows = T * N // config.num_minibatches
+                value, current = ac.evaluate(self.teams.forward, rollout, rows)
         target = ac.targets(
             config.estimator, rollout, value, current, config.gamma, config.lambda_,
             config.n_step, config.reward_clip,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,6 +55,7 @@ class Rollout(NamedTuple):
     truncated: Tensor  # (T, N) bool
     valid: Tensor  # (T, N) bool
     state: Tree  # (N, *state) before row 0
+    value: Any = ()  # (T+1, N) of obs, by whoever acted; () where the spec has none
 
 
 class RolloutLimiter:
@@ -144,11 +145,11 @@ class RolloutQueue:
             joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
             return torch.from_numpy(joined).to(device, non_blocking=True)
 
-        columns = [tree_map(side_by_side, *(getattr(unroll, name) for unroll in unrolls))
-                   for name in Rollout._fields[:-1]]  # fmt: skip
+        columns = {name: tree_map(side_by_side, *(getattr(unroll, name) for unroll in unrolls))
+                   for name in Rollout._fields if name != "state"}  # fmt: skip
         first_states = (tree_map(lambda states: states[:1], unroll.state) for unroll in unrolls)
         state = tree_map(side_by_side, *first_states)
-        rollout = Rollout(*columns, tree_map(lambda states: states[0], state))
+        rollout = Rollout(**columns, state=tree_map(lambda states: states[0], state))
         self.drawn = sum(int(unroll.valid.sum()) for unroll in unrolls)
         return rollout
 
@@ -189,9 +190,13 @@ class RolloutQueue:
         self.dropped = state["dropped"]
         self.unrolls.clear()
         saved = state.get("unrolls", {})  # an empty queue leaves no trace in a checkpoint
-        for index in range(len(saved)):
-            leaves = iter(saved[str(index)][str(i)].numpy() for i in range(len(saved[str(index)])))
-            self.unrolls.append(tree_map(lambda _: next(leaves), self.spec.layout.fields))  # noqa: B023
+        fields = self.spec.layout.fields
+        for unroll in (saved[str(index)] for index in range(len(saved))):
+            if len(unroll) != len(tree_leaves(fields)):
+                self.dropped += 1  # it has no values, and now they are asked for, or it has some
+                continue
+            leaves = iter(unroll[str(i)].numpy() for i in range(len(unroll)))
+            self.unrolls.append(tree_map(lambda _: next(leaves), fields))  # noqa: B023
 
 
 # -- minibatches -----------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class Ring:
     def __init__(self, buffer, spec: Spec, num_slots: int):
         if num_slots < 1:
             raise ValueError(f"expected a ring of at least 1 slot, got {num_slots}")
-        self.num_slots, self.num_states = num_slots, spec.num_states
+        self.num_slots, self.spec = num_slots, spec
         self.words = np.ndarray(
             (CONTROL_BYTES // 8 // WORD_STRIDE,), np.int64, buffer, 0, (8 * WORD_STRIDE,)
         )

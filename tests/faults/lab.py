@@ -19,9 +19,9 @@ from pathlib import Path
 import psutil
 
 from asyncrl.plan import Plan
+from asyncrl.spec_json import spec_from_json
 from asyncrl.transport.ring import Ring, Word
 from asyncrl.transport.status import Status
-from asyncrl.types import Spec
 from tests.runs import Run
 
 LAUNCH_FILES = Path(__file__).parent.parent / "launch_files"
@@ -58,7 +58,7 @@ class Memory:
         learner = run.find("learner 0")
         expect(learner is not None, "expected a learner")
         plan = Plan.read(run.folder)
-        spec = Spec.from_json(plan.spec)
+        spec = spec_from_json(plan.spec)
         segments = {}
         for path in Path(f"/proc/{run.process.pid}/fd").iterdir():
             name = os.readlink(path)
