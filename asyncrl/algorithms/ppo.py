@@ -33,10 +33,9 @@ class PPOConfig:
     """Discount an env step."""
     estimator: ac.Estimator = "gae"
     """Of advantages: gae, n_step, or vtrace, which corrects for policies that lag."""
-    values_by: Literal["auto", "actor", "learner"] = "auto"
-    """Whose values advantages and targets are made of: those of the weights that acted, noted by
-    the actors on their way, or of the learner's, for another pass over each rollout. auto: the
-    actor's, but for vtrace, which needs that pass."""
+    values_by: Literal["learner", "actor"] = "learner"
+    """Whose values advantages and targets are made of: the learner's, for a pass over each rollout,
+    or those of the weights that acted, noted by the actors on their way, which are older."""
     lambda_: float = 0.95
     """Of gae and vtrace."""
     n_step: int = 5
@@ -92,7 +91,7 @@ class PPOConfig:
             )
         if self.estimator == "vtrace" and self.values_by == "actor":
             raise ValueError(
-                "expected values_by auto or learner for vtrace, got actor: it compares the policy "
+                "expected values_by learner for vtrace, got actor: it compares the policy "
                 "that learns with the one that acted, which takes a pass over each rollout"
             )
         check_gradient_settings(self.learning_rate, self.max_grad_norm, self.optimizer_eps)
@@ -100,7 +99,7 @@ class PPOConfig:
     @property
     def records_values(self) -> bool:
         """Whether actors note values."""
-        return self.values_by != "learner" and self.estimator != "vtrace"
+        return self.values_by == "actor"
 
     def policy(self) -> Sample:
         """How actors act unless the launch file says otherwise."""
