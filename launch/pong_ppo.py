@@ -34,11 +34,13 @@ config = Config(
     total_env_steps=10_000_000,
 )
 
-# For weak machines: a fifth of the env steps, annealed over them. One group of environments, as the
-# learner has most of the time of two cores and a row of eight costs less than two of four.
+# For weak machines: a fifth of the env steps, annealed over them. The learner has most of the time
+# of two cores, so actors give it their values, and a row of eight costs less than two of four.
 home = replace(
     config,
-    algorithm=replace(config.algorithm, learning_rate=Linear(2.5e-4, 0.0, 2_000_000)),
+    algorithm=replace(
+        config.algorithm, learning_rate=Linear(2.5e-4, 0.0, 2_000_000), values_by="actor"
+    ),
     actor=replace(config.actor, lanes_per_actor=1, envs_per_lane=8),
     total_env_steps=2_000_000,
 )
