@@ -80,11 +80,13 @@ def fault_12(lab: Lab) -> Outcome:
     run = lab.start("--learner.tensorboard", True)
     lab.until_learning(run)
     run.process.stdout.close()
-    for name in ("logs", "tensorboard"):
-        shutil.rmtree(run.folder / name)
+    for name in ("logs", "tensorboard"):  # at once: files are written into them meanwhile
+        shutil.rmtree((run.folder / name).rename(run.folder / f"former {name}"))
     path = run.folder / "metrics.jsonl"
-    path.unlink()
-    path.mkdir()
+    while not path.is_dir():
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileExistsError):  # written anew in between
+            path.mkdir()
     begun = run.events()[-1].time
     lab.until(run, lambda: run.events()[-1].time > begun + 3, "two more checkpoints")
     path.rmdir()
