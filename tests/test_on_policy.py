@@ -95,9 +95,13 @@ WAITING = RolloutConfig(ahead=0)  # actors wait, so what is learned from was act
 ALGORITHMS = {
     "a2c": A2CConfig(precision="float32", learning_rate=3e-3, rollout=WAITING),
     "ppo": PPOConfig(
-        precision="float32", learning_rate=3e-3, rollout=WAITING, epochs=2, num_minibatches=2,
+        precision="float32",
+        learning_rate=3e-3,
+        rollout=WAITING,
+        epochs=2,
+        num_minibatches=2,
         values_by="actor",
-    ),  # fmt: skip
+    ),
 }
 
 
