@@ -4,7 +4,8 @@
 
 Hardware: one GPU and 8 or more cores, 4 GB of memory. Profile home: 2 cores, no GPU.
 Score: profile home: 12.2 after 2,000,737 env steps (30 games, epsilon 0.01), in 75 minutes on two
-cores with bfloat16 beside tests. The full length was not run yet.
+cores with bfloat16 beside tests, by an earlier revision (docs/results). The full length was not run
+yet.
 """
 
 from dataclasses import replace
