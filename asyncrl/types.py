@@ -61,7 +61,8 @@ class Unroll(NamedTuple):
     episode_return: Any  # (T, B) float32, meaningful where episode_length > 0
     episode_length: Any  # (T, B) int32: env steps of the whole episode that ended here, else 0
     state: Tree  # (S, B, *state) before rows 0, T/S, ...; frames of a stack (1, B, ...): row 0's
-    value: Any  # (T+1, B) float32 of obs, by the weights that acted; () where nobody asks for it
+    value: Any  # (T+1, B) float32 of obs, by the weights that acted, row T perhaps by newer
+    # ones that another lane has pulled; () where nobody asks for it
     header: Header
 
 
