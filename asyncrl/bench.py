@@ -35,6 +35,7 @@ from asyncrl.threads import halves
 
 TRIAL_SECONDS = 50.0  # for other ways to share out the environments
 
+
 @dataclass(frozen=True)
 class Shape:
     """How a run's environments and processors are shared out."""
@@ -118,9 +119,7 @@ def bench(launch_file: Path, options: list[str]) -> None:
     def play(config, *way: int | str) -> list[bytearray]:
         lanes, envs, device = way
         shaped = reshaped(config, 1, lanes, envs)
-        shaped = dataclasses.replace(
-            shaped, actor=dataclasses.replace(shaped.actor, device=device)
-        )
+        shaped = dataclasses.replace(shaped, actor=dataclasses.replace(shaped.actor, device=device))
         acting[way], unrolls = time_actor(shaped)
         _line(f"{counted(lanes, 'group')} of {counted(envs, 'env')}, on {device}", acting[way])
         return unrolls

@@ -21,7 +21,7 @@ from asyncrl.algorithms.gradient import GradientStep, frozen_copy
 from asyncrl.algorithms.returns import n_step_return
 from asyncrl.algorithms.teams import Teams
 from asyncrl.models.layers import noisy_layers
-from asyncrl.models.memory import states_before
+from asyncrl.models.memory import preparation, states_before
 from asyncrl.models.precision import computes_in_bfloat16
 from asyncrl.stores.replay import Replay
 from asyncrl.types import Spec, Tree, tree_map
@@ -85,6 +85,7 @@ class DQN:
         self.bfloat16 = computes_in_bfloat16(config.precision, device, self.model)
         self.noisy = noisy_layers(self.model, self.target)
         self.teams = Teams(self.model, device)
+        self.prepare = None if config.sequence_length else preparation(self.model, device)
         self.head, self.refreshes = config.head, False
         self.ahead = None  # the next sample and what the target net makes of it
         self.chooses = config.double and not config.munchausen  # the online net, the next action
@@ -131,6 +132,9 @@ class DQN:
         device, onto_gpu = self.device, self.device.type == "cuda"  # from one, nobody would wait
         rest = sample._replace(index=())
         rest = tree_map(lambda part: part.to(device, non_blocking=onto_gpu), rest)
+        if self.prepare:
+            (obs, state), (next_obs, next_state) = (self.prepare(*its) for its in _inputs(rest))
+            rest = rest._replace(obs=obs, state=state, next_obs=next_obs, next_state=next_state)
         return rest._replace(index=sample.index)
 
     def _may_look_ahead(self, store: Replay) -> bool:

@@ -69,9 +69,7 @@ class GradientStep:
         loss.backward()
         return self._step(env_steps)
 
-    def on_means(
-        self, means: Callable[[slice], Metrics], valid: Tensor, env_steps: int
-    ) -> Metrics:
+    def on_means(self, means: Callable[[slice], Metrics], valid: Tensor, env_steps: int) -> Metrics:
         """Descend on the "loss" of a batch (T, N); returns its other means too.
 
         means(columns): means over the valid steps of some columns, the loss with its graph. Where

@@ -18,6 +18,7 @@ from asyncrl.algorithms.gradient import (
     check_gradient_settings,
 )
 from asyncrl.algorithms.teams import Teams
+from asyncrl.models.memory import preparation
 from asyncrl.models.precision import Precision, computes_in_bfloat16
 from asyncrl.policies import Sample
 from asyncrl.schedules import value_at
@@ -176,6 +177,7 @@ class PPO:
         )  # fmt: skip
         self.bfloat16 = computes_in_bfloat16(config.precision, device, self.model)
         self.teams = Teams(self.model, device)
+        self.prepare = preparation(self.model, device)
         self.generator = torch.Generator()
         self.beat: Callable[[], bool] = lambda: False  # called at each step; whether to stop there
 
@@ -198,6 +200,8 @@ class PPO:
         inputs = Sequences(rollout) if self.of_sequences else Steps(
             rollout, getattr(self.model, "frame_stack", 1)
         )  # fmt: skip
+        if self.prepare and not self.of_sequences and config.epochs > 1:
+            inputs.prepare(self.prepare)
         pieces = N if self.of_sequences else T * N
         size = max(1, pieces // config.num_minibatches)
         value, current = rollout.value, None

@@ -98,9 +98,7 @@ class _Joined(torch.autograd.Function):
 
         left, right = ctx.halves
         middle = left[0].shape[1]
-        ctx.teams.both(
-            lambda: half(left, slice(middle)), lambda: half(right, slice(middle, None))
-        )
+        ctx.teams.both(lambda: half(left, slice(middle)), lambda: half(right, slice(middle, None)))
         return None, None, None, None
 
 

@@ -3,6 +3,8 @@
     model.initial_state(B) -> state
     model(obs (T, B, ...), first (T, B), state) -> (outputs {name: (T, B, ...)}, state)
     model.advance(obs, first, state) -> state      as above but for less; need not be there
+    model.prepare(obs, first, state) -> (obs, state)  of one row (1, B, ...), as far as no weights
+                                                   matter; need not be there, and may be None
 
 A model never samples an action and knows nothing of processes. `model.frame_stack` says how many
 frames its core stacks; the replay then gathers them at sampling. What outputs there are:
@@ -91,6 +93,9 @@ class Network(nn.Module):
             build = QHead if config.head in ("auto", "q") else config.head.build
             self.head = build(stream, action_space, config.dueling)
 
+        images = not self.is_tree and len(observation_space.shape) == 2
+        stacks_images = images and self.frame_stack > 1 and not config.lstm
+        self.prepare = self.stack.prepare if stacks_images else None
         # Two threads may be in it at once: its forward pass changes nothing in it.
         self.pure = not any(isinstance(layer, SpectralConv2d) for layer in self.modules())
 

@@ -29,7 +29,9 @@ class FrameStack(nn.Module):
         return {"frames": torch.zeros(shape, dtype=self.dtype)}
 
     def forward(self, frames: Tensor, first: Tensor, state: dict) -> tuple[Tensor, dict]:
-        """(T, B, *frame) -> (T, B, k, *frame), oldest frame first."""
+        """(T, B, *frame), or stacks that `prepare` made, -> (T, B, k, *frame), oldest first."""
+        if frames.ndim > 2 + len(self.frame_shape):
+            return frames.movedim(-1, 2), state
         if self.size == 1:
             return frames.unsqueeze(2), state
         T, B = first.shape
@@ -47,6 +49,14 @@ class FrameStack(nn.Module):
         index = (rows * B + env.unsqueeze(2)).flatten()
         stack = history.flatten(0, 1).index_select(0, index).unflatten(0, rows.shape)
         return stack, {"frames": stack[-1, :, 1:]}
+
+    def prepare(self, frames: Tensor, first: Tensor, state: dict) -> tuple[Tensor, dict]:
+        """One row (1, B, H, W) as whole stacks (1, B, H, W, k), which need no state. The values of
+        a pixel lie side by side, as convolutions on a CPU want them."""
+        stack = torch.stack([*state["frames"].unbind(1), frames[0]], -1)
+        for env in first[0].nonzero().flatten().tolist():
+            stack[env] = frames[0, env].unsqueeze(-1)
+        return stack.unsqueeze(0), {}
 
     def advance(self, frames: Tensor, first: Tensor, state: dict) -> dict:
         """The state behind frames (T, B, *frame), which knows no more than k-1 of them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -39,3 +39,8 @@ def without_frames(state: Tree) -> Tree:
     if not isinstance(state, dict):
         return state
     return {name: part for name, part in state.items() if name != "frames"}
+
+
+def preparation(model: nn.Module, device: torch.device) -> Callable | None:
+    """`model.prepare`, where there is one and it is worth it: a GPU does the same in passing."""
+    return getattr(model, "prepare", None) if device.type == "cpu" else None

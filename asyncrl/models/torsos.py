@@ -91,7 +91,8 @@ class ImageEncoder(nn.Module):
         image = frames.flatten(1, -3)  # (N, k * C, H, W)
         # Channels last while they are bytes, then to the type the convolutions compute in: a
         # third of the time that one pass for both takes on a CPU.
-        image = torch.stack(image.unbind(1), -1).movedim(-1, 1)
+        if not image.is_contiguous(memory_format=torch.channels_last):
+            image = torch.stack(image.unbind(1), -1).movedim(-1, 1)
         device_type = image.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else self.torso_dtype

@@ -8,6 +8,7 @@ is the lag of what comes out of it: back-pressure instead of growth.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from asyncrl.types import Spec, Tree, Unroll, tree_leaves, tree_map
+
+MOST_PREPARED = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,8 @@ class Steps:
     `steps[index]` with flat indices t * N + b gives (obs (1, n, ...), first (1, n), state).
     """
 
+    ready: tuple[Tree, Tree] | None = None  # (obs, state) of all of them, once they are prepared
+
     def __init__(self, rollout: Rollout, frame_stack: int):
         T, N = rollout.action.shape[:2]
         self.first = rollout.first[:T].flatten()
@@ -226,8 +231,18 @@ class Steps:
         env = torch.arange(N, device=row.device).view(1, N, 1)
         self.rows = (rows * N + env).flatten(0, 1)  # (T * N, k)
 
+    def prepare(self, prepare: Callable[[Tree, Tensor, Tree], tuple[Tree, Tree]]) -> None:
+        """Have a model prepare all steps at once instead of each minibatch in each epoch, unless
+        that takes more than `MOST_PREPARED` bytes."""
+        if self.frames * sum(leaf.nbytes for leaf in tree_leaves(self.obs)) <= MOST_PREPARED:
+            self.ready = prepare(*self[torch.arange(len(self.first))])
+
     def __getitem__(self, index: Tensor) -> tuple[Tree, Tensor, dict]:
         first = self.first[index].unsqueeze(0)
+        if self.ready:
+            obs, state = self.ready
+            obs = tree_map(lambda leaf: leaf.index_select(1, index), obs)
+            return obs, first, tree_map(lambda leaf: leaf[index], state)
         if self.frames == 1:
             return tree_map(lambda leaf: leaf[index].unsqueeze(0), self.obs), first, {}
         stack = self.obs.index_select(0, self.rows[index].flatten())
