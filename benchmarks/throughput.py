@@ -56,6 +56,7 @@ GOALS = {  # of asyncrl's env steps/s
 }
 MAX_PSS = {"ppo": 1000}  # MB
 SETTLE_SECONDS, START_SECONDS = 5.0, 300.0  # from the first update on; until it
+PSS_SECONDS = 4.0
 
 
 class Tree:
@@ -65,7 +66,7 @@ class Tree:
     def __init__(self, pid: int):
         self.root = psutil.Process(pid)
         self.cpu: dict[int, float] = {}
-        self.peak_pss = 0
+        self.peak_pss, self.look_at = 0, 0.0
 
     def processes(self) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error):
@@ -73,13 +74,14 @@ class Tree:
         return []
 
     def sample(self) -> float:
-        """CPU seconds so far."""
-        pss = 0
-        for process in self.processes():
+        """CPU seconds so far. Memory only now and then: the kernel goes through all its pages."""
+        processes = self.processes()
+        for process in processes:
             with contextlib.suppress(psutil.Error):
                 self.cpu[process.pid] = cpu_seconds(process)
-                pss += memory(process.pid)["Pss"]
-        self.peak_pss = max(self.peak_pss, pss)
+        if (now := time.monotonic()) >= self.look_at:
+            self.look_at = now + PSS_SECONDS
+            self.peak_pss = max(self.peak_pss, sum(memory(its.pid)["Pss"] for its in processes))
         return sum(self.cpu.values())
 
     def of_role(self, role: str) -> list[psutil.Process]:

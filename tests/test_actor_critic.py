@@ -131,6 +131,18 @@ def test_means_entropies_and_normalised_advantages(form):
     assert not logits.grad[mask.invalid].any()
 
 
+def test_a_batch_valid_as_a_whole_counts_as_one_that_also_has_what_is_not():
+    values = torch.randn(T, N, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    more = torch.cat([values, torch.full((1, N), torch.nan)])
+    valid = torch.arange(T + 1).unsqueeze(1).expand(T + 1, N) < T
+    whole, part = ac.Mask(valid[:T]), ac.Mask(valid)
+    assert whole.invalid is None and part.invalid.sum() == N
+    assert whole.count == part.count == T * N
+    assert torch.equal(part.zero(more)[:T], whole.zero(values)) and not part.zero(more)[T].any()
+    torch.testing.assert_close(part.mean(more), whole.mean(values))
+    torch.testing.assert_close(ac.normalize(more, part)[:T], ac.normalize(values, whole))
+
+
 def test_nothing_valid_is_a_loss_of_zero():
     current, behaviour, advantage, old, value, target, _ = random_batch("nan")
     nothing = np.zeros((T, N), bool)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from asyncrl.algorithms import actor_critic as ac
-from asyncrl.algorithms.distributions import log_prob_and_entropy
+from asyncrl.algorithms.distributions import log_prob
 from asyncrl.algorithms.gradient import (
     GradientStep,
     Metrics,
@@ -146,7 +146,7 @@ class A2C:
             outputs = self.teams.forward(rollout.obs, rollout.first, rollout.state)
         value = outputs["value"]
         outputs = {name: output[:-1] for name, output in outputs.items()}
-        current, spread = log_prob_and_entropy(outputs, rollout.action)
+        current = log_prob(outputs, rollout.action)
         target = ac.targets(
             config.estimator, rollout, value.detach(), current.detach(), config.gamma,
             config.lambda_, config.n_step, config.reward_clip, config.clip_rho,
@@ -159,7 +159,7 @@ class A2C:
         error = mask.zero(value[:-1] - target.value) / scale
         losses = ac.losses_of(
             a2c_loss(current, rollout.log_prob, advantage, mask, config.clip_rho),
-            0.5 * error.square(), spread, ratio, mask, config.value_coef, entropy_coef,
+            0.5 * error.square(), ratio, outputs, mask, config.value_coef, entropy_coef,
         )  # fmt: skip
         return losses, target, value[:-1].detach()
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from asyncrl.algorithms.distributions import log_prob
+from asyncrl.algorithms.distributions import entropy, log_prob
 from asyncrl.algorithms.gradient import Metrics
 from asyncrl.algorithms.returns import gae, n_step, td_advantage, vtrace
 from asyncrl.schedules import check_range
@@ -69,12 +69,15 @@ class Mask:
     """
 
     def __init__(self, valid: Tensor):
-        self.valid, self.invalid = valid, ~valid
-        self.count = valid.sum().clamp(min=1)
+        # Most batches are valid as a whole, and on a CPU it costs next to nothing to know it.
+        may_ask = not valid.is_cuda and not torch.compiler.is_compiling()
+        self.invalid = None if may_ask and valid.all() else ~valid
+        count = valid.numel() if self.invalid is None else valid.sum().clamp(min=1)
+        self.count = count or 1
 
     def zero(self, values: Tensor) -> Tensor:
         """0 where not valid. Constants of a loss need it: nan times a gradient of 0 is nan."""
-        return values.masked_fill(self.invalid, 0.0)
+        return values if self.invalid is None else values.masked_fill(self.invalid, 0.0)
 
     def mean(self, values: Tensor) -> Tensor:
         return self.zero(values).sum() / self.count
@@ -117,33 +120,36 @@ class Losses(NamedTuple):
     """Of a batch: the loss, with its graph, and what it is made of, of each step (T, N)."""
 
     loss: Tensor
-    policy: Tensor  # 0 where not valid, as are the next two
+    policy: Tensor  # 0 where not valid, as is the next
     value: Tensor
-    entropy: Tensor
     ratio: Tensor  # importance ratio
+    outputs: dict[str, Tensor]  # (T, N, ...) of the model
 
     def means(self, mask: Mask) -> Metrics:
         """Over valid steps, for reports."""
-        parts = {name: getattr(self, name) for name in ("policy", "value", "entropy")}
-        return {f"loss/{name}": partial(mask.mean_of_zeroed, x) for name, x in parts.items()}
+        return {
+            "loss/policy": partial(mask.mean_of_zeroed, self.policy),
+            "loss/value": partial(mask.mean_of_zeroed, self.value),
+            "loss/entropy": lambda: mask.mean(entropy(self.outputs)),
+        }
 
 
 def losses_of(
     policy: Tensor,
     value: Tensor,
-    spread: Tensor,
     ratio: Tensor,
+    outputs: dict[str, Tensor],
     mask: Mask,
     value_coef: float,
     entropy_coef: float,
 ) -> Losses:
-    """From each step's policy loss, value loss, both 0 where not valid, entropy and importance
-    ratio: one mean for all of them."""
-    spread = mask.zero(spread)
+    """From each step's policy loss and value loss, both 0 where not valid, importance ratio, and
+    the model's outputs, for their entropy: one mean for all of them."""
     loss = policy + value_coef * value
     if entropy_coef:
-        loss = loss - entropy_coef * spread
-    parts = policy.detach(), value.detach(), spread.detach(), ratio.detach()
+        loss = loss - entropy_coef * mask.zero(entropy(outputs))
+    known = {name: output.detach() for name, output in outputs.items()}
+    parts = policy.detach(), value.detach(), ratio.detach(), known
     return Losses(mask.mean_of_zeroed(loss), *parts)
 
 

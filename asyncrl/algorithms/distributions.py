@@ -33,37 +33,23 @@ def log_prob(outputs: dict[str, Tensor], action: Tensor) -> Tensor:
         u = unsquash(action, outputs["low"], outputs["high"]).to(mean.dtype)
         scaled = (u - mean) * torch.exp(-log_std)
         return _sum(-0.5 * scaled**2 - log_std - 0.5 * log(2 * pi), outputs)
-    return _of_category(_log_probs(outputs), action, outputs)
+    log_probs = _log_probs(outputs)
+    _check_shape(action, log_probs.shape[:-1])
+    return _sum(log_probs.gather(-1, action.long().unsqueeze(-1)), outputs)
 
 
 def entropy(outputs: dict[str, Tensor]) -> Tensor:
     """(..,) entropy in nats of whole actions: of u for a Box, else of the categories."""
     if _is_box(outputs):
         return _sum(_wide(outputs["log_std"]) + 0.5 * log(2 * pi) + 0.5, outputs)
-    return _of_categories(_log_probs(outputs), outputs)
-
-
-def log_prob_and_entropy(outputs: dict[str, Tensor], action: Tensor) -> tuple[Tensor, Tensor]:
-    """Both; for categories their logarithms are worked out once."""
-    if _is_box(outputs):
-        return log_prob(outputs, action), entropy(outputs)
     log_probs = _log_probs(outputs)
-    return _of_category(log_probs, action, outputs), _of_categories(log_probs, outputs)
+    # An absent category adds 0 * -inf: a finite stand-in keeps value and gradient at 0.
+    present = log_probs.masked_fill(log_probs == -torch.inf, 0)
+    return _sum(-log_probs.exp() * present, outputs)
 
 
 def _log_probs(outputs: dict[str, Tensor]) -> Tensor:
     return torch.log_softmax(_wide(outputs["logits"]), -1)
-
-
-def _of_category(log_probs: Tensor, action: Tensor, outputs: dict[str, Tensor]) -> Tensor:
-    _check_shape(action, log_probs.shape[:-1])
-    return _sum(log_probs.gather(-1, action.long().unsqueeze(-1)), outputs)
-
-
-def _of_categories(log_probs: Tensor, outputs: dict[str, Tensor]) -> Tensor:
-    # An absent category adds 0 * -inf: a finite stand-in keeps value and gradient at 0.
-    present = log_probs.masked_fill(log_probs == -torch.inf, 0)
-    return _sum(-log_probs.exp() * present, outputs)
 
 
 def unsquash(action: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from asyncrl.algorithms import actor_critic as ac
-from asyncrl.algorithms.distributions import log_prob_and_entropy
+from asyncrl.algorithms.distributions import log_prob
 from asyncrl.algorithms.gradient import (
     GradientStep,
     Metrics,
@@ -286,13 +286,13 @@ class PPO:
         config = self.config
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             outputs = self.teams.forward(obs, first, state)
-        current, spread = log_prob_and_entropy(outputs, action)
+        current = log_prob(outputs, action)
         policy, ratio = ppo_loss(current, behaviour, advantage, mask, clip_ratio)
         value = value_loss(
             outputs["value"], old_value, value_target, mask, config.clip_value,
             ac.return_scale(self.model),
         )  # fmt: skip
-        return ac.losses_of(policy, value, spread, ratio, mask, config.value_coef, entropy_coef)
+        return ac.losses_of(policy, value, ratio, outputs, mask, config.value_coef, entropy_coef)
 
     def compile(self) -> None:
         """Have the losses of minibatches compiled at their first use, for one team."""
