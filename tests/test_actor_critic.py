@@ -410,7 +410,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(when, bad, config, optimizer)
         assert torch.equal(tensor, before["model"][name])
     for index, moments in before["optimizer"]["moments"].items():
         for name, moment in moments.items():
-            assert torch.equal(moment, one.descend.optimizer.state_dict()["state"][index][name])
+            assert torch.equal(moment, one.descend.state_dict()["moments"][index][name])
     one.config = config
     if isinstance(config, PPOConfig):
         one.generator.set_state(other.generator.get_state())

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from asyncrl.models.precision import is_large
 from asyncrl.schedules import check_range, value_at
 
 OptimizerName = Literal["adam", "rmsprop"]
@@ -40,6 +41,10 @@ class GradientStep:
     moments begin at 1, as in TensorFlow and in the RMSpropTFLike that Stable-Baselines3 has for
     A2C. From torch's 0 each weight's first step would be ten learning rates long, however small its
     gradient. `eps` is added to the root, as in torch.
+
+    The parameters of a small net on a CPU become parts of one vector, which norm, clipping and
+    optimizer take in a call each: what they do costs less there than being called for each
+    parameter. One that has no gradient then counts as having one of 0.
     """
 
     def __init__(
@@ -51,11 +56,13 @@ class GradientStep:
         optimizer: OptimizerName = "adam",
     ):
         self.parameters = list(model.parameters())
+        self.vector = None if is_large(model) else _one_vector(self.parameters)
+        self.leaves = self.parameters if self.vector is None else [self.vector]
         self.learning_rate, self.max_grad_norm = learning_rate, max_grad_norm
         rate = value_at(learning_rate, 0)
         self.optimizer_name, betas = optimizer, (0.9, 0.999) if optimizer == "adam" else (0.0, 0.99)
-        self.optimizer = torch.optim.Adam(self.parameters, rate, betas, eps, fused=True)
-        if not any(parameter.is_cuda for parameter in self.parameters):
+        self.optimizer = torch.optim.Adam(self.leaves, rate, betas, eps, fused=True)
+        if not any(leaf.is_cuda for leaf in self.leaves):
             # Of any GPU there is it asks at each step what is going on, and so begins to use it:
             # one that does not work would stop a learner on the CPU.
             self.optimizer._accelerator_graph_capture_health_check = lambda: None
@@ -119,57 +126,91 @@ class GradientStep:
     def _step(self, env_steps: int) -> dict[str, Tensor]:
         for group in self.optimizer.param_groups:
             group["lr"] = value_at(self.learning_rate, env_steps)
-        norm = nn.utils.get_total_norm([x.grad for x in self.parameters if x.grad is not None])
+        gradients = self._gradients()
+        one = len(gradients) == 1
+        norm = torch.linalg.vector_norm(*gradients) if one else nn.utils.get_total_norm(gradients)
         most = self.max_grad_norm or float("inf")
         if norm.is_cuda:
             # Fused, a step leaves everything as it is where this is 1, without asking the device.
             # On a CPU asking is for free, and this costs an operation more for each parameter.
             skipped = self.optimizer.found_inf = (~torch.isfinite(norm)).float()
-            nn.utils.clip_grads_with_norm_(self.parameters, most, norm)
+            nn.utils.clip_grads_with_norm_(self.leaves, most, norm)
             self.optimizer.step()
         else:
             length = norm.item()
             finite = math.isfinite(length)
             skipped = NOT_SKIPPED if finite else SKIPPED
-            if length > most:
-                nn.utils.clip_grads_with_norm_(self.parameters, most, norm)
+            if most < length and finite:
+                for gradient in gradients:
+                    gradient.mul_(most / length)
             if finite:
                 self.optimizer.step()
         self.count += 1
         return {"loss/grad_norm": norm, "loss/skipped": skipped}
 
+    def _gradients(self) -> list[Tensor]:
+        """Of the leaves, where they have one."""
+        if self.vector is not None:
+            known = (torch.zeros_like(x) if x.grad is None else x.grad for x in self.parameters)
+            self.vector.grad = torch.cat([gradient.reshape(-1) for gradient in known])
+        return [leaf.grad for leaf in self.leaves if leaf.grad is not None]
+
     def state_dict(self) -> dict:
         """Nested dict of tensors and numbers."""
-        return {"moments": self.optimizer.state_dict()["state"], "count": self.count}
+        return {"moments": self._moments(), "count": self.count}
 
     def load_state_dict(self, state: dict) -> None:
-        groups = self.optimizer.state_dict()["param_groups"]
-        saved = state.get("moments", {})  # nothing before the first step
-        moments = {int(index): dict(moment) for index, moment in saved.items()}
-        for moment in moments.values():
-            if "square_avg" in moment:  # of torch.optim.RMSprop, in checkpoints of older revisions
-                square = moment.pop("square_avg")
-                moment |= {"exp_avg": torch.zeros_like(square), "exp_avg_sq": square}
-                moment["step"] = torch.tensor(LATE)
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        for parameter in self.parameters:  # whose order in memory fused Adam takes for granted
-            moments = self.optimizer.state.get(parameter, {})
-            for name in moments.keys() - {"step"}:
-                moments[name] = torch.empty_like(parameter).copy_(moments[name])
         self._begin_moments()
+        moments = self._moments()
+        for index, saved in state.get("moments", {}).items():
+            if "square_avg" in saved:  # of torch.optim.RMSprop, in checkpoints of older revisions
+                saved = {"exp_avg_sq": saved["square_avg"]}
+            for name, tensor in saved.items():
+                its = moments[int(index)][name]
+                # Parts of one vector have a step in common; one that had no gradient knows of none.
+                its.copy_(torch.maximum(its, tensor.to(its.device)) if name == "step" else tensor)
         self.count = state["count"]
 
     def _begin_moments(self) -> None:
-        """Where there are none yet. Adam itself would make its own at the first step, but half of
-        them where the GPU has no memory for all."""
+        """Adam itself would make its own at the first step, but half of them where the GPU has no
+        memory for all."""
         step, square = (LATE, 1.0) if self.optimizer_name == "rmsprop" else (0.0, 0.0)
-        for parameter in self.parameters:
-            if not self.optimizer.state[parameter]:
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(step, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.full_like(parameter, square),
-                }
+        for leaf in self.leaves:
+            self.optimizer.state[leaf] = {
+                "step": torch.tensor(step, device=leaf.device),
+                "exp_avg": torch.zeros_like(leaf, requires_grad=False),
+                "exp_avg_sq": torch.full_like(leaf, square, requires_grad=False),
+            }
+
+    def _moments(self) -> dict[int, dict[str, Tensor]]:
+        """By index of the parameter; they are the optimizer's own, or parts of these."""
+        moments = [self.optimizer.state[leaf] for leaf in self.leaves]
+        if self.vector is not None:
+            (whole,) = moments
+            step = whole["step"]
+            parts = (_parts(whole[name], self.parameters) for name in ("exp_avg", "exp_avg_sq"))
+            moments = [
+                {"step": step, "exp_avg": mean, "exp_avg_sq": square}
+                for mean, square in zip(*parts, strict=True)
+            ]
+        return dict(enumerate(moments))
+
+
+def _one_vector(parameters: list[nn.Parameter]) -> Tensor | None:
+    """What parameters are parts of from now on; None where they cannot be, and on a GPU."""
+    fit = all(x.is_contiguous() and x.device.type == "cpu" for x in parameters)
+    if not fit or len({parameter.dtype for parameter in parameters}) != 1:
+        return None
+    vector = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    for parameter, part in zip(parameters, _parts(vector, parameters), strict=True):
+        parameter.data = part
+    return vector.requires_grad_()
+
+
+def _parts(vector: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Of a vector, views in the parameters' shapes."""
+    parts = vector.split([parameter.numel() for parameter in parameters])
+    return [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]
 
 
 def check_gradient_settings(learning_rate: Any, max_grad_norm: float, eps: float) -> None:
