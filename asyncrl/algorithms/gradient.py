@@ -142,7 +142,7 @@ class GradientStep:
             skipped = NOT_SKIPPED if finite else SKIPPED
             if most < length and finite:
                 for gradient in gradients:
-                    gradient.mul_(most / length)
+                    gradient.mul_(most / (length + 1e-6))  # as torch has it
             if finite:
                 self.optimizer.step()
         self.count += 1
