@@ -171,11 +171,12 @@ CASES = [case for case in CASES if replace(case[0], **case[2]) != case[0] or cas
 
 
 def updated(config, model: nn.Module, rollout: Rollout) -> list[torch.Tensor]:
-    """Parameters and their last gradients after an update by the algorithm."""
+    """Parameters and their last gradient, as one vector, after an update by the algorithm."""
     algorithm = config.build(model, CPU)
     algorithm.store(make_spec(T, N), 1, 0)
     assert not algorithm.update(Given(rollout))["loss/skipped"].any()
-    return [x.detach().clone() for p in model.parameters() for x in (p, p.grad)]
+    (whole,) = algorithm.descend.leaves
+    return [*(p.detach().clone() for p in model.parameters()), whole.grad]
 
 
 def by_the_formulas(config, model: nn.Module, rollout: Rollout) -> list[torch.Tensor]:
@@ -235,7 +236,8 @@ def by_the_formulas(config, model: nn.Module, rollout: Rollout) -> list[torch.Te
             for parameter in parameters:
                 parameter.grad *= min(1.0, config.max_grad_norm / norm)
         optimizer.step()
-    return [x.detach() for p in parameters for x in (p, p.grad)]
+    gradient = torch.cat([p.grad.flatten() for p in parameters])
+    return [*(p.detach() for p in parameters), gradient]
 
 
 def difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
