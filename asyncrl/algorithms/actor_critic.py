@@ -70,7 +70,7 @@ class Mask:
 
     def __init__(self, valid: Tensor):
         # Most batches are valid as a whole, and on a CPU it costs next to nothing to know it.
-        may_ask = not valid.is_cuda and not torch.compiler.is_compiling()
+        may_ask = valid.device.type == "cpu" and not torch.compiler.is_compiling()
         self.invalid = None if may_ask and valid.all() else ~valid
         count = valid.numel() if self.invalid is None else valid.sum().clamp(min=1)
         self.count = count or 1
