@@ -71,9 +71,10 @@ class Mask:
     def __init__(self, valid: Tensor):
         # Most batches are valid as a whole, and on a CPU it costs next to nothing to know it.
         may_ask = valid.device.type == "cpu" and not torch.compiler.is_compiling()
-        self.invalid = None if may_ask and valid.all() else ~valid
-        count = valid.numel() if self.invalid is None else valid.sum().clamp(min=1)
-        self.count = count or 1
+        if may_ask and valid.all():
+            self.invalid, self.count = None, max(1, valid.numel())
+        else:
+            self.invalid, self.count = ~valid, valid.sum().clamp(min=1)
 
     def zero(self, values: Tensor) -> Tensor:
         """0 where not valid. Constants of a loss need it: nan times a gradient of 0 is nan."""
