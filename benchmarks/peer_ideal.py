@@ -67,7 +67,7 @@ def time_inference(config, unroll: bytearray) -> Cost:
     first = torch.zeros((1, B), dtype=torch.bool, device=device)
     bfloat16 = computes_in_bfloat16(config.actor.precision, device, model)
     torch.set_num_threads(config.actor.num_threads)
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
         return timed(lambda: [out.cpu() for out in model(obs, first, state)[0].values()], B)
 
 

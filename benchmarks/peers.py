@@ -40,7 +40,7 @@ TASKS = {
             "actor.nice": 19,
         },
     ),
-    "a2c": Task(80, 80, "breakout_a2c", ("sb3", "sb3-tuned"), ON_POLICY),
+    "a2c": Task(80, 80, "breakout_a2c", ("sb3", "sb3-tuned"), ON_POLICY, {"profile": "home"}),
     "ppo": Task(
         256, 64, "breakout_ppo", ("sb3", "sb3-tuned", "sf"), ON_POLICY, {"profile": "home"},
     ),
