@@ -55,7 +55,7 @@ GOALS = {  # of asyncrl's env steps/s
     "cartpole_ppo": {"/ best peer": 2},
 }
 MAX_PSS = {"ppo": 1000}  # MB
-SETTLE_SECONDS, START_SECONDS = 5.0, 300.0  # from the first update on; until it
+SETTLE_SECONDS, START_SECONDS = 12.0, 300.0  # from the first update on; until it
 PSS_SECONDS = 4.0
 
 
