@@ -36,7 +36,7 @@ config = Config(
 )
 
 # For weak machines: a fifth of the env steps, annealed over them. On two cores one row of sixteen
-# costs less than two of eight, and with a second rollout under way nobody waits for the other.
+# costs less than two of eight, and with a second rollout under way they wait less for each other.
 home = replace(
     config,
     algorithm=replace(
