@@ -13,7 +13,7 @@ One transition and one weight update go round like this, a file a station:
     learner.py     drain -> store -> update -> publish; what is saved       (throttle.py)
     stores/        replay.py: rows, seams, draws; rollout.py: a queue; limiter.py: who waits
                    (selection.py, sum_tree.py: priorities; sequences.py: recurrent states)
-    algorithms/    dqn.py, a2c.py, ppo.py: config, loss and update on a page; returns.py
+    algorithms/    dqn.py, a2c.py, ppo.py: config, loss and update; returns.py
     run.py         how these are wired in each process; supervisor.py keeps them alive
 
 A launch file needs the names below; they are imported when first asked for, so that a process which

@@ -247,7 +247,7 @@ class Actor:
                 layer.redraw(generator)
 
     def _observe(self, lane: LaneState, unroll: Unroll, t: int) -> None:
-        tree_map(lambda slot, part: slot[t].__setitem__(..., part), unroll.obs, lane.obs)
+        tree_map(lambda rows, part: np.copyto(rows[t], part), unroll.obs, lane.obs)
         unroll.first[t] = lane.first
         self._spend(Word.TIME_WRITE)
 
@@ -255,8 +255,8 @@ class Actor:
         """Evaluate row t, choose its actions, and set the environments going."""
         s, between = divmod(t * lane.ring.spec.num_states, self.config.unroll_length)
         if not between:  # a state to be stored; the slot has room for one stack of frames only
-            tree_map(lambda slot, part: slot[s : s + 1].__setitem__(..., part.cpu().numpy()),
-                     unroll.state, lane.state)  # fmt: skip
+            for_this = tree_map(lambda rows: rows[s : s + 1], unroll.state)
+            tree_map(lambda row, part: np.copyto(row, part.cpu().numpy()), for_this, lane.state)
         if t == 0 or not self.blind:
             self._evaluate(lane, unroll, t)
         opens = lane.first if self.policy.scope == "game" else lane.new_life

@@ -62,12 +62,24 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser, *_) -> NoReturn:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print("asyncrl", version("asyncrl"))
+        except PackageNotFoundError:
+            print("asyncrl, not installed, of", Path(__file__).parent)
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="asyncrl",
         description="Asynchronous actor-learner deep reinforcement learning on one box.",
         epilog="asyncrl COMMAND --help tells more. Runs lie in runs/ here, or in $ASYNCRL_RUNS.",
     )
+    parser.add_argument("--version", nargs=0, action=_Version, help="print it, and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
 
     def command(name: str, do, help: str, **kwargs) -> argparse.ArgumentParser:
@@ -291,7 +303,3 @@ def _doctor(options, rest: list[str]) -> int:
     if options.run_id is not None:
         _check_run_id(options.run_id)
     return doctor(options.launch_file, options.run_id, rest, runs_folder())
-
-
-if __name__ == "__main__":
-    entry()

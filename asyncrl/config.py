@@ -234,5 +234,5 @@ def main(launch_file: str) -> None:
             'expected main(__file__) below `if __name__ == "__main__":`, got it called while the '
             "launch file was read; write that line above it, or it would start itself for ever"
         )
-    command = [sys.executable, "-m", "asyncrl.cli", "train", launch_file, *sys.argv[1:]]
+    command = [sys.executable, "-m", "asyncrl", "train", launch_file, *sys.argv[1:]]
     os.execv(sys.executable, command)

@@ -27,6 +27,7 @@ class Cost(NamedTuple):
     wall: float
     cpu: float  # of all its threads
     parts: Mapping[str, float] = {}  # shares of the time, by what it went to
+    gpu: float = 0.0  # while it used one
 
 
 class Forecast(NamedTuple):
@@ -41,17 +42,18 @@ def forecast(
 ) -> Forecast:
     """What so many actors and a learner come to together, `acting` being that of one actor.
 
-    Overlapped, the slowest of them decides, or the processors that all of them share; in turns
-    their times add up, in one process those of the actors too.
+    Overlapped, the slowest of them decides, or the processors or the GPU that all of them share; in
+    turns their times add up, in one process those of the actors too.
     """
     if schedule != "async":
-        together = max(acting.wall / num_actors, acting.cpu / cores)
+        together = max(acting.wall / num_actors, acting.cpu / cores, acting.gpu)
         together = acting.wall if schedule == "serial" else together
         return Forecast(1 / (together + learning.wall), "turns: acting and learning add up")
     seconds = {
         "the actors": acting.wall / num_actors,
         "the learner": learning.wall,
         "the processors, which are all busy": (acting.cpu + learning.cpu) / cores,
+        "the GPU, for which all wait": acting.gpu + learning.gpu,
     }
     slowest = max(seconds, key=seconds.__getitem__)
     return Forecast(1 / seconds[slowest], slowest)
@@ -72,7 +74,8 @@ def best_num_actors(config) -> int:
     def rate(actors: int) -> float:
         share = (1 - 1 / actors) / (1 - 1 / most) if most > 1 else 0  # overhead falls as 1 / n
         wall, cpu = (a + share * (b - a) for a, b in zip(few[:2], many[:2], strict=True))
-        return forecast(actors, acting, Cost(wall, cpu), processor_share(), config.schedule).rate
+        learning = Cost(wall, cpu, gpu=wall if few.gpu else 0.0)
+        return forecast(actors, acting, learning, processor_share(), config.schedule).rate
 
     rates = [rate(actors) for actors in range(1, most + 1)]
     return next(n for n, rate in enumerate(rates, 1) if rate * WORTH_IT >= max(rates))
@@ -200,14 +203,19 @@ def time_actor(config) -> tuple[Cost, list[bytearray]]:
     env_steps = count * len(rings) * spec.unroll_length * spec.num_envs
     parts = {name: (int(rings[0].read(word)) - before[name]) / 1e9 / wall
              for name, word in words.items()}  # fmt: skip
-    cost = Cost(wall / env_steps, cpu / env_steps, parts)
+    gpu = 0.0 if player.device.type == "cpu" else parts["inference"] * wall / env_steps
+    cost = Cost(wall / env_steps, cpu / env_steps, parts, gpu)
     player.close()
     return cost, unrolls
 
 
 def time_learner(config, unrolls: list[bytearray], num_threads: int) -> Cost:
     """What the learner costs alone: taking unrolls in, and the updates they allow."""
+    import torch
+
     spec, model = wire(config)
+    device = config.learner.resolved_device()
+    torch.backends.cudnn.benchmark = device.type == "cuda" and config.schedule == "async"
     algorithm = config.learner.build(config.algorithm, model)
     num_lanes = config.actor.num_lanes
     store = algorithm.store(spec, num_lanes, config.seed)
@@ -233,7 +241,8 @@ def time_learner(config, unrolls: list[bytearray], num_threads: int) -> Cost:
             taking = taking.plus(clock().since(at))
             algorithm.update(store)
             count += 1
-        _synchronise(config)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         updating = clock().since(begun).since(taking)
         return taking.over(rounds - before), updating.over(count)
 
@@ -250,14 +259,8 @@ def time_learner(config, unrolls: list[bytearray], num_threads: int) -> Cost:
         per_update = store.limiter.batch_size / store.limiter.samples_per_insert
     taking, updating = taking.over(per_round), updating.over(per_update)
     wall, cpu = taking.plus(updating)
-    return Cost(wall, cpu, {"sync": taking.wall / wall, "update": updating.wall / wall})
-
-
-def _synchronise(config) -> None:
-    import torch
-
-    if (device := config.learner.resolved_device()).type == "cuda":
-        torch.cuda.synchronize(device)
+    parts = {"sync": taking.wall / wall, "update": updating.wall / wall}
+    return Cost(wall, cpu, parts, 0.0 if device.type == "cpu" else wall)
 
 
 def wire(config):

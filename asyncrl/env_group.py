@@ -23,10 +23,6 @@ from asyncrl.env_config import EnvConfig
 from asyncrl.env_contract import check_observation_space, check_vector_env, is_ale
 
 
-class EnvStalled(TimeoutError):
-    """Environments did not answer in time."""
-
-
 class EnvDied(RuntimeError):
     """The process of an environment died."""
 
@@ -110,9 +106,9 @@ class EnvGroup:
             except ConnectionError as error:
                 raise self._died() from error
 
-    def recv(self, timeout_seconds: float | None = None) -> Step:
-        """Finish the step. Only of AsyncVectorEnv can one tire after `timeout_seconds`."""
-        obs, reward, terminated, truncated, info = self._finish(timeout_seconds)
+    def recv(self) -> Step:
+        """Finish the step; how long that takes is the environments' own affair."""
+        obs, reward, terminated, truncated, info = self._finish()
         if np.count_nonzero(self._cut):  # these took one step too many: forget it, reset them now
             obs, new_info = self._reset(options={"reset_mask": self._cut.copy()})
             info, going_on = info | new_info if self._is_ale else info, ~self._cut
@@ -180,19 +176,11 @@ class EnvGroup:
                 raise
             raise self._died() from error
 
-    def _finish(self, timeout_seconds: float | None) -> tuple:
+    def _finish(self) -> tuple:
         if self._sends:
             return self._env.recv()
         if not self._is_async:
             return self._env.step(self._action)
-        if timeout_seconds is not None:
-            deadline = time.monotonic() + timeout_seconds
-            polls = [p.poll(max(0, deadline - time.monotonic())) for p in self._env.parent_pipes]
-            if late := [i for i, ready in enumerate(polls) if not ready]:
-                raise EnvStalled(
-                    f"{self._config.id}: environments {late} did not finish their step within "
-                    f"{timeout_seconds:g} s"
-                )
         try:
             return self._env.step_wait()
         except (EOFError, ConnectionError) as error:

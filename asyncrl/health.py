@@ -55,7 +55,7 @@ def health(
     # Of what is to come nothing is known: the clock was set back since.
     told, begun = (moment if moment < now + SILENT_SECONDS else -1e18 for moment in moments)
     latest = max(told, begun)
-    never = "no row of metrics yet" if latest < 0 else f"last heard of {_ago(now - latest)}"
+    never = "no row of metrics yet" if latest < 0 else f"last heard from {_ago(now - latest)}"
     if life.phase and not held:
         words = "killed: no process holds its folder; start it again to resume it"
         return Health(False, f"{never}, {words}")
@@ -63,7 +63,7 @@ def health(
         return Health(False, f"{never}: not started, stuck or killed; see events.log")
     if told < begun:
         return Health(True, f"starting since {max(0, now - begun):.0f} s")
-    words = [f"heard of {_ago(now - latest)}", counted(row.get("actors/alive", 0), "actor")]
+    words = [f"heard from {_ago(now - latest)}", counted(row.get("actors/alive", 0), "actor")]
     memory = sum(value for name, value in row.items() if name in _MEMORY)
     words += [f"{memory / 1e3:.2f} GB"] if memory else []
     fds = sum(value for name, value in row.items() if name.startswith("fds/"))

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import torch
 from torch import nn
 
 from asyncrl import metrics
@@ -27,8 +26,9 @@ from asyncrl.learner_config import LearnerConfig
 from asyncrl.logs import EventLog, RunLog
 from asyncrl.replay_stream import ReplayStream, Stopped
 from asyncrl.resume import load_newest, say_what_is_cut, say_what_is_missing
-from asyncrl.state import flatten, rng_state, set_rng_state, to_host, unflatten
+from asyncrl.state import flatten, rng_state, set_rng_state, unflatten
 from asyncrl.throttle import Throttle
+from asyncrl.transfer import to_host
 from asyncrl.transport.ring import Ring, UnrollReader, Word
 from asyncrl.transport.weights import WeightsWriter
 from asyncrl.types import Spec, Unroll
@@ -91,7 +91,7 @@ class Learner:
         self.lags = metrics.Lags()
         self.whole = True  # nothing cut `learn` short
         self.stopped = False  # before all of the checkpoint was read
-        self.saved = 0, 0  # env steps and updates in the newest checkpoint
+        self.saved = 0, 0  # env steps and updates when a save was last tried
         self.rebuilt_before = 0  # environments made anew, in earlier starts of this run
 
     # -- start and resume ------------------------------------------------------------------------
@@ -172,10 +172,6 @@ class Learner:
                 for lane, reader in enumerate(self.readers):
                     if turn < waiting[lane]:
                         self._take(lane, *reader.take())
-            if any(waiting) and self.store.device.type == "cuda":
-                with self.shares.time("update"):  # most of what there is to wait for
-                    # The copies still read the slots.
-                    torch.cuda.current_stream(self.store.device).synchronize()
             for lane, reader in enumerate(self.readers):
                 if waiting[lane]:
                     reader.release()
@@ -202,7 +198,7 @@ class Learner:
 
     def learn(self, most: int) -> int:
         """Up to `most` updates, as far as the rate limit allows, or until it is to stop; returns
-        how many were made. Where they do not fit into memory what was learned is saved."""
+        how many were made. If one does not fit into the GPU's memory what was learned is saved."""
         self.store.expire(self.weights.version)
         count, self.whole = 0, False
         while count < most and self.store.updates_allowed() and not self.beat():

@@ -145,10 +145,9 @@ class EpisodeStatistics:
                 metrics[f"episode/return/{policy}"], metrics[f"episode/length/{policy}"] = means
         return {name: float(value) for name, value in metrics.items()}
 
-    def recent_lengths(self, policy: int | str) -> np.ndarray:
+    def recent_lengths(self, policy: int) -> np.ndarray:
         """Lengths in env steps of a policy's last episodes, oldest first: (<= window,) int64."""
-        index = self.policies.index(policy) if isinstance(policy, str) else policy
-        return np.array([length for _, length in self._by_policy[index]], dtype=np.int64)
+        return np.array([length for _, length in self._by_policy[policy]], dtype=np.int64)
 
     def write_lengths(self, table: np.ndarray) -> None:
         """Fill (policies, n) with each policy's last n lengths, and 0 where there are fewer."""
@@ -196,7 +195,7 @@ def bottleneck(row: dict, idle: float = 0.1) -> str:
     2. Both sides wait less than `idle` of their time: "balanced: ...".
     3. Both wait `idle` or more, within 0.1 of each other: "turns: ...", as in lockstep.
     4. The actors wait more: "learner: ..."; the learner waits more: "actors: ...". Actors wait for
-       room when the ring is 95 % full and the limiter does not hold them, else for permission.
+       room when the ring is 95 % full and the limiter does not hold them, else for the rate limit.
     """
     sides = [
         {
@@ -220,7 +219,7 @@ def bottleneck(row: dict, idle: float = 0.1) -> str:
         return f"turns: the learner {learner_waits} of its time, actors {actors_wait}"
     if actor_wait > learner_wait:
         full = (row.get("ring/fill") or 0) >= 0.95 and row.get("limiter/waiting") != "actors"
-        cause = "room in the ring" if full else "permission"
+        cause = "room in the ring" if full else "the rate limit"
         return f"learner: {learner} of its time {learner_does}; actors {actors_wait} for {cause}"
     return f"actors: the learner {learner_waits} for data; actors spend {actors} {actors_do}"
 

@@ -57,29 +57,18 @@ class Plan:
 
 def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
     """Execute the launch file, build env and model once, and refuse what cannot work."""
-    import torch
-
     from asyncrl.actor import context_fields
     from asyncrl.config import resolve
     from asyncrl.describe import describe, unset_fields
     from asyncrl.envs import make_envs
     from asyncrl.foreign import call
-    from asyncrl.learner_config import check_compiler
     from asyncrl.models.contract import try_model
     from asyncrl.policies import as_mixture
     from asyncrl.policy_contract import check_policy
-    from asyncrl.stores.replay_config import fits_on_gpu
     from asyncrl.transport.weights import weights_fields
 
     config = resolve(launch_file, options, original)
-    for name in ("learner", "actor", "env"):
-        if (threads := getattr(config, name).num_threads) > MAX_THREADS:
-            raise ValueError(
-                f"expected {name}.num_threads of at most {MAX_THREADS:,}, got {threads:,}; more "
-                "than there are processors only wait for each other"
-            )
-    if config.learner.compile:
-        check_compiler()
+    _check_machine(config)
     envs = call("the environment's constructor", make_envs, config.env, 1)
     observation_space, action_space = envs.observation_space, envs.action_space
     envs.close()
@@ -97,46 +86,10 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
         measured = ["--actor.num-actors", str(number)]
     actor = config.actor
     spec = config.spec(observation_space, action_space, state)
-    store_device = config.algorithm.store_device
-    for name in {config.learner.device, actor.device, store_device} - {"auto"}:
-        try:
-            if torch.empty(1, device=name).is_meta:
-                raise RuntimeError("it holds no numbers")
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"expected a device that torch can use here, got {name!r}: {error}; use cpu or auto"
-            ) from None
-    device = config.learner.resolved_device()
     weights = weights_fields(model.state_dict(), context_fields(len(mixture.names)))
     store = config.algorithm.store_nbytes(model, spec, actor.num_lanes)
-    num_processes = 1 if config.schedule == "serial" else 1 + actor.num_actors
-    evaluates = config.evaluation.period_steps > 0
-    num_processes += evaluates
     parameters = sum(tensor.nbytes for tensor in model.state_dict().values())
-    workers = actor.num_lanes * actor.envs_per_lane + evaluates * config.evaluation.num_envs
-    workers *= config.env.vectorization == "async"
-    memory = [
-        [f"{actor.num_lanes} lanes of {actor.slots_per_lane} unrolls",
-         actor.num_lanes * Ring.nbytes(spec, actor.slots_per_lane)],
-        ["weights, two copies", WeightsBuffer.nbytes(weights)],
-        ["parameters, target, gradients and moments", 5 * parameters],
-        [f"{num_processes} processes of about 300 MB", num_processes * 300_000_000],
-        [f"{workers} processes of single environments, of 10 MB or more", workers * 10_000_000],
-        ["supervisor", 80_000_000],
-    ]  # fmt: skip
-    memory = [line for line in memory if line[1]]
-    stored_on = device if store_device == "auto" else torch.device(store_device)
-    in_host_memory = stored_on.type == "cpu"
-    if not in_host_memory and not fits_on_gpu(stored_on, store):
-        if store_device != "auto":
-            raise ValueError(
-                f"expected room for a {config.algorithm.store_name} of {store / 1e9:.2f} GB on "
-                f"{store_device}, got less; lower its capacity, or keep it in main memory with "
-                "--algorithm.replay.device cpu"
-            )
-        in_host_memory = True
-    if in_host_memory:
-        memory.insert(0, [config.algorithm.store_name, store])
+    memory = _memory(config, spec, WeightsBuffer.nbytes(weights), parameters, store)
     rows = min(config.algorithm.kept_env_steps, config.total_env_steps)
     streamed = rows / (spec.unroll_length * spec.num_envs) * spec.layout.nbytes
     streamed *= config.learner.save_replay
@@ -154,12 +107,73 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
         slots_per_lane=actor.slots_per_lane,
         total_env_steps=config.total_env_steps,
         schedule=config.schedule,
-        evaluates=evaluates,
+        evaluates=config.evaluation.period_steps > 0,
         measured=measured,
-        device=device.type,
+        device=config.learner.resolved_device().type,
         learns_until=_learns_until(config),
         unset=unset_fields(config),
     )
+
+
+def _check_machine(config) -> None:
+    """ValueError for threads, devices or a compiler that there are not."""
+    import torch
+
+    from asyncrl.learner_config import check_compiler
+
+    for name in ("learner", "actor", "env"):
+        if (threads := getattr(config, name).num_threads) > MAX_THREADS:
+            raise ValueError(
+                f"expected {name}.num_threads of at most {MAX_THREADS:,}, got {threads:,}; more "
+                "than there are processors only wait for each other"
+            )
+    if config.learner.compile:
+        check_compiler()
+    devices = {config.learner.device, config.actor.device, config.algorithm.store_device}
+    for name in devices - {"auto"}:
+        try:
+            if torch.empty(1, device=name).is_meta:
+                raise RuntimeError("it holds no numbers")
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"expected a device that torch can use here, got {name!r}: {error}; use cpu or auto"
+            ) from None
+
+
+def _memory(config, spec, weights: int, parameters: int, store: int) -> list:
+    """[what, bytes] of main memory; ValueError for a store that its GPU has no room for."""
+    import torch
+
+    from asyncrl.stores.replay_config import fits_on_gpu
+
+    actor, store_device = config.actor, config.algorithm.store_device
+    evaluates = config.evaluation.period_steps > 0
+    num_processes = evaluates + (1 if config.schedule == "serial" else 1 + actor.num_actors)
+    workers = actor.num_lanes * actor.envs_per_lane + evaluates * config.evaluation.num_envs
+    workers *= config.env.vectorization == "async"
+    memory = [
+        [f"{actor.num_lanes} lanes of {actor.slots_per_lane} unrolls",
+         actor.num_lanes * Ring.nbytes(spec, actor.slots_per_lane)],
+        ["weights, two copies", weights],
+        ["parameters, target, gradients and moments", 5 * parameters],
+        [f"{num_processes} processes of about 300 MB", num_processes * 300_000_000],
+        [f"{workers} processes of single environments, of 10 MB or more", workers * 10_000_000],
+        ["supervisor and template", 260_000_000],
+    ]  # fmt: skip
+    learns_on = config.learner.resolved_device()
+    stored_on = learns_on if store_device == "auto" else torch.device(store_device)
+    in_host_memory = stored_on.type == "cpu"
+    if not in_host_memory and not fits_on_gpu(stored_on, store):
+        if store_device != "auto":
+            raise ValueError(
+                f"expected room for a {config.algorithm.store_name} of {store / 1e9:.2f} GB on "
+                f"{store_device}, got less; lower its capacity, or keep it in main memory with "
+                "--algorithm.replay.device cpu"
+            )
+        in_host_memory = True
+    if in_host_memory:
+        memory.insert(0, [config.algorithm.store_name, store])
+    return [line for line in memory if line[1]]
 
 
 def _learns_until(config) -> int | None:

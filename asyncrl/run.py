@@ -94,7 +94,9 @@ class Process:
             WeightsReader(links.weights),
             self.make_model(),
             as_mixture(config.policy),
-            lambda: GuardedEnvs(make_envs(config.env, config.actor.envs_per_lane)),
+            lambda: GuardedEnvs(
+                make_envs(config.env, config.actor.envs_per_lane, config.actor.num_actors)
+            ),
             config.seed,
             generation,
         )

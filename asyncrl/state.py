@@ -25,23 +25,6 @@ def flatten(tree: dict, prefix: str = "") -> tuple[dict[str, np.ndarray], dict[s
     return arrays, numbers
 
 
-def to_host(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """Arrays of the same names: views of what lies in host memory; from a GPU one copy for all of a
-    dtype, as each has to wait for it."""
-    arrays, elsewhere = {}, {}
-    for name, tensor in tensors.items():
-        if tensor.device.type == "cpu":
-            arrays[name] = tensor.detach().numpy()
-        else:
-            elsewhere.setdefault(tensor.dtype, {})[name] = tensor.detach()
-    for group in elsewhere.values():
-        copy = torch.cat([tensor.flatten() for tensor in group.values()]).cpu()
-        parts = copy.split([tensor.numel() for tensor in group.values()])
-        for (name, tensor), part in zip(group.items(), parts, strict=True):
-            arrays[name] = part.view(tensor.shape).numpy()
-    return arrays
-
-
 def rng_state(device: torch.device) -> dict[str, Tensor]:
     """Of the generators that models draw from where nothing else is named."""
     on_gpu = {"cuda_rng": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}

@@ -52,9 +52,9 @@ class Throttle:
             ahead[actor] += 1
             budget -= each
 
-    def permit(self, actor: int, rounds: int = 1) -> None:
-        """Let one actor begin this many rounds more."""
-        upto = min(reader.permitted for reader in self.lanes[actor]) + rounds
+    def permit(self, actor: int) -> None:
+        """Let one actor begin a round more."""
+        upto = min(reader.permitted for reader in self.lanes[actor]) + 1
         for reader in self.lanes[actor]:
             reader.permit(upto)
         self.ring_actor(actor)

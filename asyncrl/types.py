@@ -2,8 +2,8 @@
 
 Everything an actor makes is an `Unroll`: T consecutive steps of B environments, time-major, acted
 with one version of the weights. `Spec` is computed once from the environment's spaces and the
-model's state; it sizes the slots of the ring, makes the views into any buffer, and poisons fresh
-memory. Nobody else knows an offset or a dtype.
+model's state; it sizes the slots of the ring and makes the views into any buffer. Nobody else
+knows an offset or a dtype.
 """
 
 from __future__ import annotations
@@ -142,6 +142,12 @@ class Spec:
     def action(self) -> Field:
         """The field of one action."""
         return space_fields(self.action_space)
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether the model's state is more than a stack of frames."""
+        stack_alone = isinstance(self.state, dict) and set(self.state) <= {"frames"}
+        return bool(tree_leaves(self.state)) and not stack_alone
 
     @property
     def layout(self) -> Layout:

@@ -192,7 +192,7 @@ def main() -> None:
         | {column: [one[column] for one in found] for column in found[0]}
         for name, found in results.items()
     ])  # fmt: skip
-    report.goal("actor / environments alone", ratios["actor"], at_least=0.9)
+    report.goal("actor / environments alone", ratios["actor"], at_least=0.95)
     report.finish()
 
 

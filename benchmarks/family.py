@@ -37,7 +37,7 @@ MEMBERS = {  # beside the launch file's own: double, dueling and three steps
     "iqn": "--algorithm.distribution iqn",
     # Its usual temperature and clip go with rewards of 1; the launch file counts them as 0.1.
     "munchausen": "--algorithm.munchausen 0.9 --algorithm.munchausen-temperature 0.003 "
-                  "--algorithm.munchausen-clip -0.1",
+    "--algorithm.munchausen-clip -0.1",
     "rescaled": "--algorithm.value-rescaling True",
 }
 

@@ -25,6 +25,8 @@ LAUNCH = ["launch/cartpole_dqn.py", "launch/cartpole_ppo.py", "launch/breakout_d
 FOR_EVER = {"total-env-steps": 10**9, "evaluation.period-steps": 0, "learner.log-seconds": 1}
 SMALL = {"algorithm.replay.capacity": 100_000, "algorithm.replay.learning-starts": 2_000}
 
+ENTRY = "from asyncrl.cli import entry; entry()"  # older revisions have no __main__.py
+
 
 @contextmanager
 def tree(revision: str, folder: Path) -> Iterator[Path]:
@@ -45,7 +47,7 @@ def train(tree: Path, launch: str, runs: Path, rest: list[str]) -> Program:
     runs.mkdir(parents=True)
     options = FOR_EVER | (SMALL if "ReplayConfig" in (tree / launch).read_text() else {})
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
-    command = [sys.executable, "-m", "asyncrl.cli", "train", launch, "run", *words, *rest]
+    command = [sys.executable, "-c", ENTRY, "train", launch, "run", *words, *rest]
     rows = runs / "run" / "metrics.jsonl"
     path = {"PYTHONPATH": str(tree), "ASYNCRL_RUNS": str(runs)}
     return Program(command, runs / "log", rows, folder=tree, **path)

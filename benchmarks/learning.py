@@ -50,7 +50,7 @@ def asyncrl(runs: Path, *words: object) -> str:
     """Output of an asyncrl command on the folder `runs`."""
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     result = subprocess.run(
-        [sys.executable, "-m", "asyncrl.cli", *map(str, words)], capture_output=True, text=True,
+        [sys.executable, "-m", "asyncrl", *map(str, words)], capture_output=True, text=True,
         env=os.environ | {"ASYNCRL_RUNS": str(runs), "PYTHONPATH": path},
     )  # fmt: skip
     if result.returncode:

@@ -181,7 +181,7 @@ class Program:
 
 def train(launch: str, run_id: str, runs: Path, *options: object) -> Program:
     """`asyncrl train` in the folder `runs`."""
-    command = [sys.executable, "-m", "asyncrl.cli", "train", launch, run_id, *options]
+    command = [sys.executable, "-m", "asyncrl", "train", launch, run_id, *options]
     runs.mkdir(parents=True, exist_ok=True)
     log, rows = runs / f"{run_id}.log", runs / run_id / "metrics.jsonl"
     return Program(command, log, rows, ASYNCRL_RUNS=str(runs))

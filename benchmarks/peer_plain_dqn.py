@@ -60,7 +60,7 @@ def main() -> None:
     def image(frames: np.ndarray) -> torch.Tensor:
         dtype = torch.bfloat16 if bfloat16 else torch.float32
         channels_last = torch.stack(torch.from_numpy(frames).unbind(1), -1).movedim(-1, 1)
-        return channels_last.to(device, dtype).mul_(1 / 255)
+        return channels_last.to(device).to(dtype).mul_(1 / 255)
 
     def stacks(row: np.ndarray, env: np.ndarray) -> np.ndarray:
         """(N, 4, 84, 84) that end at the given rows and begin where the episode did."""

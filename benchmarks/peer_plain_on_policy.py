@@ -110,7 +110,7 @@ def main() -> None:
     def image(frames: torch.Tensor) -> torch.Tensor:
         dtype = torch.bfloat16 if bfloat16 else torch.float32
         channels_last = torch.stack(frames.unbind(1), -1).movedim(-1, 1)
-        return channels_last.to(device, dtype).mul_(1 / 255)
+        return channels_last.to(device).to(dtype).mul_(1 / 255)
 
     def evaluate(frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and values, on the device."""

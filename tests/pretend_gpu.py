@@ -169,7 +169,8 @@ def trained(config, unrolls: list[bytearray], device: str) -> tuple[dict, list[C
 def compared(config) -> dict:
     """Largest difference of weights and moments, of what actors send, and what updates moved."""
     from asyncrl import costs
-    from asyncrl.state import flatten, to_host
+    from asyncrl.state import flatten
+    from asyncrl.transfer import to_host
 
     costs.PLAY_SECONDS = 0.3
     played_on = {}

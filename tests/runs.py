@@ -41,7 +41,7 @@ class Run:
         environment: dict | None = None,
     ):
         self.folder = runs / run_id
-        program = ["-m", "asyncrl.cli"]
+        program = ["-m", "asyncrl"]
         if constants:
             code = f"import sys, asyncrl.supervisor as s; vars(s).update({constants!r}); "
             program = ["-c", code + "from asyncrl.cli import main; sys.exit(main())"]

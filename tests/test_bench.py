@@ -47,6 +47,8 @@ def launch_file(tmp_path):
         (9, Cost(2e-3, 2e-3), Cost(1e-3, 1e-3), 2, "lockstep", 500, "turns"),
         (4, Cost(2e-3, 2e-3), Cost(2e-3, 2e-3), 8, "serial", 250, "turns"),
         (1, Cost(1e-3, 1e-3), Cost(1e-3, 1e-3), 1.5, "async", 750, "the processors"),
+        (8, Cost(2e-3, 1e-3, {}, 1e-3), Cost(1e-3, 1e-3, {}, 1e-3), 16, "async", 500, "the GPU"),
+        (8, Cost(2e-3, 1e-3, {}, 3e-3), Cost(1e-3, 1e-3), 16, "lockstep", 250, "turns"),
     ],
 )
 def test_the_slowest_decides_or_all_processors_are_busy(

@@ -616,6 +616,12 @@ def test_help(capsys, command):
     assert len(text.splitlines()) > 8
 
 
+def test_it_says_its_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["--version"])
+    assert exit.value.code == 0 and capsys.readouterr().out.startswith("asyncrl")
+
+
 def test_for_real(runs, launch_file):
     """Through processes: a run that is refused, and the options of a launch file."""
     commands = {
@@ -624,7 +630,7 @@ def test_for_real(runs, launch_file):
     }
     started = {
         name: subprocess.Popen(
-            [sys.executable, "-m", "asyncrl.cli", "train", *arguments],
+            [sys.executable, "-m", "asyncrl", "train", *arguments],
             cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for name, arguments in commands.items()
@@ -643,7 +649,7 @@ def test_a_reader_that_leaves_gets_no_traceback(runs):
     """`asyncrl train FILE --help | head -1`"""
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "asyncrl.cli", "train", "launch/cartpole_dqn.py", "--help"]
+    command = [sys.executable, "-m", "asyncrl", "train", "launch/cartpole_dqn.py", "--help"]
     ended = subprocess.run(command, cwd=REPOSITORY, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert ended.stderr == "" and ended.returncode == 1

@@ -33,24 +33,24 @@ START, SAVED = (500, "start", "run x started"), (100, "checkpoint", "checkpoint_
     "row, events, well, words",
     [
         (ROW, [START, SAVED], True,
-         "well: heard of 3 s ago, 2 actors, 2.00 GB, 70 open files, checkpoint saved 1 min ago"),
+         "well: heard from 3 s ago, 2 actors, 2.00 GB, 70 open files, checkpoint saved 1 min ago"),
         (ROW | {"learner/restarts": 1, "actors/restarts": 2, "log/dropped": 7, "envs/rebuilt": 4},
          [START], True, "restarts 3, envs made anew 4, log lines lost 7"),
         (ROW, [START, (9, "checkpoint", "not saved: no space")], False,
-         "in trouble: heard of 3 s ago"),
+         "in trouble: heard from 3 s ago"),
         (ROW, [START, (9, "checkpoint", "not saved")], False, "could not be saved 9 s ago"),
         (ROW | {"actors/alive": 0}, [START], False, "in trouble"),
         (ROW, [(900, "end", "ended"), (20, "start", "again")], True, "2 actors"),
         (ROW, [(2, "start", "again")], True, "starting since 2 s"),
         ({}, [(20, "start", "begun")], True, "starting since 20 s"),
-        ({}, [(400, "start", "begun")], False, "last heard of 6 min ago: not started, stuck or"),
+        ({}, [(400, "start", "begun")], False, "last heard from 6 min ago: not started, stuck or"),
         ({}, [], False, "no row of metrics yet"),
         (ROW | {"time": NOW - SILENT_SECONDS - 1}, [(9_000, "start", "begun")], False,
-         "last heard of 5 min ago: not started, stuck or killed"),
-        (ROW | {"time": NOW - 9_000}, [(9_900, "start", "begun")], False, "of 2 h 30 min ago"),
+         "last heard from 5 min ago: not started, stuck or killed"),
+        (ROW | {"time": NOW - 9_000}, [(9_900, "start", "begun")], False, "from 2 h 30 min ago"),
         # The clock was set back by an hour.
-        (ROW, [(-3_500, "start", "begun")], True, "well: heard of 3 s ago, 2 actors"),
-        (ROW | {"time": NOW - 400}, [(-3_500, "start", "begun")], False, "last heard of 6 min ago"),
+        (ROW, [(-3_500, "start", "begun")], True, "well: heard from 3 s ago, 2 actors"),
+        (ROW | {"time": NOW - 400}, [(-3_500, "start", "begun")], False, "heard from 6 min ago"),
         (ROW | {"time": NOW + 3_500}, [(-3_000, "start", "begun")], False, "stuck or killed"),
         ({}, [(-3, "start", "begun")], True, "starting since 0 s"),
         (ROW, [START, (130, "end", "run x ended")], False, "ended with status 1, 2 min ago"),
@@ -93,7 +93,7 @@ def test_watch_shows_that_a_run_was_killed(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(time, "sleep", enough)
     assert cli.main(["watch", "x"]) == 0
-    assert 'health="last heard of 0 s ago, killed: no process' in capsys.readouterr().out
+    assert 'health="last heard from 0 s ago, killed: no process' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("line", ["5", '{"time": "x"}', '{"time": Infinity}', "[" * 9_000, "null"])
@@ -118,7 +118,7 @@ def test_watch_tells_it_and_exits_by_it(tmp_path, monkeypatch, capsys):
         file.write('{"time": 3')
     capsys.readouterr()
     assert cli.main(["watch", "x", "--health"]) == 0
-    assert capsys.readouterr().out.startswith("well: heard of 0 s ago, 2 actors, 2.00 GB")
+    assert capsys.readouterr().out.startswith("well: heard from 0 s ago, 2 actors, 2.00 GB")
     events.event("end", "run x ended", status=143)
     assert cli.main(["watch", "x", "--health"]) == 1
     assert "ended with status 143" in capsys.readouterr().out

@@ -81,7 +81,7 @@ def test_episode_statistics_are_bounded_and_by_policy():
         "episode/return/random": -2.5,
         "episode/length/random": 5.0,
     }
-    assert statistics.recent_lengths("greedy").tolist() == [20, 30, 40]
+    assert statistics.recent_lengths(0).tolist() == [20, 30, 40]
     assert statistics.recent_lengths(1).tolist() == [5]
 
 
@@ -107,11 +107,11 @@ def test_episode_statistics_survive_a_checkpoint_and_a_changed_mix():
     same.load_state_dict(state)
     assert same.summary() == statistics.summary() and same.num_episodes == 9
     same.add(0, 100, 1)  # still bounded after loading
-    assert len(same.recent_lengths("a")) == 4
+    assert len(same.recent_lengths(0)) == 4
     changed = EpisodeStatistics(("c", "b"), window=4)
     changed.load_state_dict(state)
-    assert changed.recent_lengths("b").tolist() == [10, 30, 50, 70]
-    assert changed.recent_lengths("c").size == 0
+    assert changed.recent_lengths(1).tolist() == [10, 30, 50, 70]
+    assert changed.recent_lengths(0).size == 0
 
 
 def test_rows_come_back_as_columns(tmp_path):
@@ -370,7 +370,7 @@ def test_an_event_that_could_not_be_written_comes_with_the_next(tmp_path):
         (
             {"time/learner/update": 0.83, "time/learner/wait": 0.02, "time/actor/env": 0.3}
             | {"time/actor/wait": 0.61},
-            "learner: 83 % of its time in updates; actors wait 61 % for permission",
+            "learner: 83 % of its time in updates; actors wait 61 % for the rate limit",
         ),
         (
             {"time/learner/sync": 0.5, "time/actor/wait": 0.4, "ring/fill": 1.0},
@@ -379,7 +379,7 @@ def test_an_event_that_could_not_be_written_comes_with_the_next(tmp_path):
         (
             {"time/learner/sync": 0.5, "time/actor/wait": 0.4, "ring/fill": 1.0}
             | {"limiter/waiting": "actors"},
-            "learner: 50 % of its time filling the store; actors wait 40 % for permission",
+            "learner: 50 % of its time filling the store; actors wait 40 % for the rate limit",
         ),
         (
             {"time/learner/update": 0.5, "time/learner/wait": 0.4, "time/actor/env": 0.7}

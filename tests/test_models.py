@@ -259,9 +259,7 @@ def test_options_that_nothing_would_heed_are_refused():
 VECTOR = spaces.Box(-1, 1, (5,))
 
 
-def actor_critic(
-    observation_space=VECTOR, action_space=None, seed: int = 0, **changes
-) -> Network:
+def actor_critic(observation_space=VECTOR, action_space=None, seed: int = 0, **changes) -> Network:
     torch.manual_seed(seed)
     config = ModelConfig(features=32, hidden=(16, 16), head="actor_critic", **changes)
     return config(observation_space, spaces.Discrete(3) if action_space is None else action_space)

@@ -268,7 +268,7 @@ def test_a_thread_of_the_launch_file_keeps_nothing_from_ending(start, tmp_path):
     assert status == 2 and "no-such-option" in output
     run = start("run", launch_file, "--total-env-steps", 1_000)
     assert run.finish()[0] == 0
-    command = [sys.executable, "-m", "asyncrl.cli", "eval", str(run.folder), "--episodes", "2"]
+    command = [sys.executable, "-m", "asyncrl", "eval", str(run.folder), "--episodes", "2"]
     game = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     game.stdout.close()
     assert game.wait(60) == 128 + signal.SIGPIPE

@@ -57,9 +57,7 @@ class Lanes:
 
     def make_replay(self) -> Replay:
         limiter = RateLimiter(1.0, 32 * self.length, 0, 0, 18 * len(self.streams))
-        return Replay(
-            self.spec, len(self.streams), self.capacity, 32, limiter, **self.options
-        )
+        return Replay(self.spec, len(self.streams), self.capacity, 32, limiter, **self.options)
 
     def round(self, trouble: float = 0.1) -> None:
         """An unroll of each lane, some of them after a restart or behind one that was lost."""
@@ -409,9 +407,7 @@ def test_a_replayed_sequence_is_the_actors_own_pass(dtype, tolerance, num_states
         lanes_per_actor=2, envs_per_lane=B, unroll_length=T, slots_per_lane=rounds,
         precision="float32",
     )  # fmt: skip
-    rings = {
-        lane: Ring(bytearray(Ring.nbytes(spec, rounds)), spec, rounds) for lane in range(2)
-    }
+    rings = {lane: Ring(bytearray(Ring.nbytes(spec, rounds)), spec, rounds) for lane in range(2)}
     fields = weights_fields(model.state_dict(), context_fields(1))
     buffer = WeightsBuffer(bytearray(WeightsBuffer.nbytes(fields)), fields)
     weights = WeightsWriter(buffer)

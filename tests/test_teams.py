@@ -157,6 +157,7 @@ def test_what_one_raises_is_raised_when_the_other_has_ended(who):
 
 def test_subnormal_numbers_are_flushed_by_both():
     """A thread begins with the mode of the one that makes it; in slow ones a net may crawl."""
+
     def smallest() -> float:
         return (torch.tensor([1e-30]) * 1e-10).item()
 

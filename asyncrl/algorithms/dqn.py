@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from asyncrl.algorithms import value_distributions as vd
-from asyncrl.algorithms.dqn_config import DQNConfig, is_recurrent
+from asyncrl.algorithms.dqn_config import DQNConfig
 from asyncrl.algorithms.gradient import GradientStep, frozen_copy
 from asyncrl.algorithms.returns import n_step_return
 from asyncrl.algorithms.teams import Teams
@@ -97,7 +97,7 @@ class DQN:
 
     def store(self, spec: Spec, num_lanes: int, seed: int) -> Replay:
         """The replay this algorithm learns from, on the GPU when it fits there."""
-        self.refreshes = is_recurrent(spec) and self.config.replay.refresh_states
+        self.refreshes = spec.is_recurrent and self.config.replay.refresh_states
         return self.config.build_replay(self.model, spec, num_lanes, seed, self.device)
 
     def update(self, store: Replay) -> dict[str, Tensor]:

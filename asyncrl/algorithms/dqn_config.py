@@ -17,7 +17,7 @@ from asyncrl.schedules import check_range
 from asyncrl.stores.limiter import RateLimiter
 from asyncrl.stores.replay import Replay, ReplayConfig
 from asyncrl.stores.replay_config import fits_on_gpu
-from asyncrl.types import Spec, tree_leaves
+from asyncrl.types import Spec
 
 if TYPE_CHECKING:
     from asyncrl.algorithms.dqn import DQN
@@ -221,7 +221,7 @@ class DQNConfig:
     def store_nbytes(self, model: nn.Module, spec: Spec, num_lanes: int) -> int:
         """Bytes the replay will take; ValueError, before anything is allocated, for what this
         algorithm cannot learn from."""
-        recurrent = is_recurrent(spec)
+        recurrent = spec.is_recurrent
         if recurrent and not self.sequence_length:
             raise ValueError(
                 "expected sequence_length of at least 1 for a model with a memory, got 0 for the "
@@ -271,9 +271,3 @@ class DQNConfig:
             replay.tolerance,
             spec.unroll_length * spec.num_envs * num_lanes,
         )
-
-
-def is_recurrent(spec: Spec) -> bool:
-    """Whether a model's state, which may be any tree, is more than a stack of frames."""
-    stack_alone = isinstance(spec.state, dict) and set(spec.state) <= {"frames"}
-    return bool(tree_leaves(spec.state)) and not stack_alone

@@ -65,7 +65,8 @@ class GradientStep:
         if not any(leaf.is_cuda for leaf in self.leaves):
             # Of any GPU there is it asks at each step what is going on, and so begins to use it:
             # one that does not work would stop a learner on the CPU.
-            self.optimizer._accelerator_graph_capture_health_check = lambda: None
+            for name in ("_accelerator", "_cuda"):  # of later and of earlier PyTorch
+                setattr(self.optimizer, f"{name}_graph_capture_health_check", lambda: None)
         self._begin_moments()
         self.count = 0
         self.parts = 1  # that batches are learned from in, for want of memory

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from asyncrl.models.precision import Precision, computes_in_bfloat16
 from asyncrl.policies import Sample
 from asyncrl.schedules import value_at
 from asyncrl.stores.rollout import RolloutConfig, RolloutQueue, Sequences, Steps
-from asyncrl.types import Spec, tree_leaves, tree_map
+from asyncrl.types import Spec, tree_map
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,14 @@ class PPOConfig:
     def sequences(self, spec: Spec) -> bool:
         """Whether minibatches are of whole sequences."""
         if self.minibatch_of == "auto":
-            return _is_recurrent(spec)
+            return spec.is_recurrent
         return self.minibatch_of == "sequences"
 
     def store_nbytes(self, model: nn.Module, spec: Spec, num_lanes: int) -> int:
         """Bytes the queue will take at most; ValueError for minibatches that cannot be."""
         num_envs = (self.rollout.num_unrolls or num_lanes) * spec.num_envs
         sequences = self.sequences(spec)
-        if not sequences and _is_recurrent(spec):
+        if not sequences and spec.is_recurrent:
             raise ValueError(
                 "expected minibatch_of sequences for a model with a recurrent state, got steps; "
                 f"its state {spec.state} cannot be cut out of a rollout step by step"
@@ -132,12 +132,6 @@ class PPOConfig:
                 f"{self.num_minibatches}; change it, actor.envs_per_lane or actor.unroll_length"
             )
         return RolloutQueue.nbytes(self.rollout, spec, num_lanes)
-
-
-def _is_recurrent(spec: Spec) -> bool:
-    """Whether a model's state, which may be any tree, is more than a stack of frames."""
-    stack_alone = isinstance(spec.state, dict) and set(spec.state) <= {"frames"}
-    return bool(tree_leaves(spec.state)) and not stack_alone
 
 
 def ppo_loss(
@@ -223,21 +217,14 @@ class PPO:
 
         metrics: Metrics = {}
         skipped: list[Tensor] = []
-        for _ in range(config.epochs):
-            order = torch.randperm(pieces, generator=self.generator)
-            order = order.to(self.device, non_blocking=True)
-            shuffled = [column[:, order].split(size, 1) for column in columns]
-            for index, *chosen in zip(order.split(size), *shuffled, strict=True):
-                metrics = self._step(inputs[index], *chosen, store.limiter.inserted)
-                skipped.append(metrics["loss/skipped"])
-                if self.beat():
-                    break
-                kl = metrics["loss/kl"]  # a number already where it was made in parts
-                if config.target_kl and (kl() if callable(kl) else kl) > config.target_kl:
-                    break
-            else:
-                continue
-            break
+        for index, *chosen in self._minibatches(pieces, size, columns):
+            metrics = self._step(inputs[index], *chosen, store.limiter.inserted)
+            skipped.append(metrics["loss/skipped"])
+            kl = metrics["loss/kl"]  # a number already where it was made in parts
+            if self.beat() or (
+                config.target_kl and (kl() if callable(kl) else kl) > config.target_kl
+            ):
+                break
         store.used(len(skipped) / -(-pieces // size))
         metrics["loss/skipped"] = torch.stack(skipped)
         mask, known = ac.Mask(rollout.valid), value[:-1]
@@ -248,10 +235,21 @@ class PPO:
         ac.update_statistics(self.model, rollout)
         return metrics
 
+    def _minibatches(
+        self, pieces: int, size: int, columns: Iterable[Tensor]
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """(index (size,), its part of each column (T, size)) of all passes, shuffled in each."""
+        for _ in range(self.config.epochs):
+            order = torch.randperm(pieces, generator=self.generator)
+            order = order.to(self.device, non_blocking=True)
+            shuffled = [column[:, order].split(size, 1) for column in columns]
+            yield from zip(order.split(size), *shuffled, strict=True)
+
     def _step(
         self, inputs, action, behaviour, valid, old_value, advantage, value_target, env_steps: int
     ) -> Metrics:
-        """One minibatch, one step of gradient descent."""
+        """One minibatch, one step of gradient descent: columns (1, n) of steps or (T, n) of
+        sequences, and of actions (1, n, *action); env_steps is the clock of schedules."""
         config, mask = self.config, ac.Mask(valid)
         if config.normalize_advantage:
             advantage = ac.normalize(advantage, mask)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from asyncrl.transfer import staged
 from asyncrl.types import Field
 
 
@@ -50,7 +51,7 @@ class Circle:
 
     def write(self, column: Tensor, lane: int, begin: int, new: np.ndarray | Tensor) -> None:
         """Rows from `begin` on; `new` (count, num_envs, ...) may lie on another device."""
-        new = torch.as_tensor(new)
+        new = staged(new, self.device)
         done = 0
         for piece in self.pieces(lane, begin, begin + len(new)):
             count = piece.stop - piece.start

@@ -45,8 +45,10 @@ class RateLimiter:
         # Unrolls of each lane that may be begun and not yet inserted. Actors that hold more would,
         # if they died, hold back all others.
         self.rounds_ahead = floor((tolerance - batch_size / samples_per_insert) / round_env_steps)
-        self.starts_at = float(learning_starts)  # env steps at which the ratio begins to count
-        self.counts_from = self.starts_at  # env steps before which the ratio says nothing
+        # Env steps from which on the ratio counts; earlier for a store that was filled anew, so
+        # that what was sampled before stays counted ...
+        self.starts_at = float(learning_starts)
+        self.counts_from = self.starts_at  # ... and those at which updates may begin, or go on.
         self.inserted = 0  # env steps
         self.sampled = 0  # transitions
 

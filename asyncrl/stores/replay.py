@@ -160,8 +160,8 @@ class Replay:
         return -(-row // self.period)
 
     def _find_drawable(self, lane_index: int, begin: int, new: int) -> None:
-        """Say what is drawable from row `begin` on, and what no longer is where the circle bit into
-        a stack; rows from `new` on have just come in."""
+        """Say what is drawable from row `begin` on, and what no longer is where the circle has
+        overwritten part of a stack; rows from `new` on have just come in."""
         lane, select = self.lanes[lane_index], self.selection
         oldest = max(lane.end - self.rows, 0)
         first, begin = self._entry(oldest), self._entry(max(begin, oldest, lane.expired))
@@ -297,7 +297,7 @@ class Replay:
         return self.limiter.insert_limit()
 
     def expire(self, version: int) -> None:
-        """What weights of any age acted is learned from; age in env steps decides."""
+        """Nothing to do: a replay forgets by age in env steps, not by version."""
 
     def metrics(self) -> dict[str, float]:
         """For a row of metrics: the share of the capacity in use."""

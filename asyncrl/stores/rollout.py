@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from asyncrl.transfer import staged
 from asyncrl.types import Spec, Tree, Unroll, tree_leaves, tree_map
 
 MOST_PREPARED = 1 << 28
@@ -146,7 +147,7 @@ class RolloutQueue:
 
         def side_by_side(*parts: np.ndarray) -> Tensor:
             joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-            return torch.from_numpy(joined).to(device, non_blocking=True)
+            return staged(joined, device).to(device, non_blocking=True)
 
         columns = {name: tree_map(side_by_side, *(getattr(unroll, name) for unroll in unrolls))
                    for name in Rollout._fields if name != "state"}  # fmt: skip

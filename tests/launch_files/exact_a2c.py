@@ -52,9 +52,7 @@ config = Config(
     policy=Mixture((Part("own", Sample(), 2.0), Part("warm", Softmax(2.0)))),
     algorithm=A2CConfig(estimator="vtrace", learning_rate=3e-3),
     actor=ActorConfig(num_actors=2, lanes_per_actor=2, envs_per_lane=2, unroll_length=8),
-    learner=LearnerConfig(
-        device="cpu", checkpoint_steps=1_000, log_seconds=0.2, tensorboard=False
-    ),
+    learner=LearnerConfig(device="cpu", checkpoint_steps=1_000, log_seconds=0.2, tensorboard=False),
     evaluation=EvaluationConfig(period_steps=0),
     total_env_steps=4_000,
     schedule="lockstep",
