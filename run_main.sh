@@ -180,8 +180,8 @@ run_docker() {
 
   # exec: docker passes signals on to the container, and the exit status back. A trap here that did
   # the same would make two signals of one, and the second means "stop now, save nothing".
-  exec docker run --rm --init "${gpus[@]}" --stop-timeout 60 --shm-size 1g --name "$container" \
-    "${terminal[@]}" --user "$(id -u):$(id -g)" "${git[@]}" \
+  exec docker run --rm --init ${gpus[@]+"${gpus[@]}"} --stop-timeout 60 --shm-size 1g --name "$container" \
+    ${terminal[@]+"${terminal[@]}"} --user "$(id -u):$(id -g)" ${git[@]+"${git[@]}"} \
     --mount "$(mounted "$run_folder" "/runs/$run_id")" \
     --mount "$(mounted "$launch_folder" /launch,readonly)" \
     "$image" train "$inside" "$run_id" "$@"

@@ -43,9 +43,11 @@ _make_env() {
   # packages that the user has added. Any other is made from nothing.
   if [[ ! -f $venv/setup.stamp || $(head -n 2 "$venv/setup.stamp") != "$(_stamp | head -n 2)" ]]; then
     python=$(_find_python)
+    _is_ours || _refuse_foreign
     echo "setting up $venv with $python; this takes some minutes (log: $log)" >&2
-    rm -rf -- "$venv"
     mkdir -p -- "$venv"
+    : >"$log" # which stays while the rest goes: it says whose this is
+    find "$venv/" -mindepth 1 -maxdepth 1 ! -name setup.log -exec rm -rf -- {} +
     _logged "$python" -m venv "$venv"
   else
     echo "bringing $venv up to date (log: $log)" >&2
@@ -55,6 +57,21 @@ _make_env() {
   _logged "$venv/bin/python" -m pip install \
     --constraint "$setup_root/constraints.txt" --editable "${setup_root}[$extras]"
   _stamp >"$venv/setup.stamp"
+}
+
+# Whether what lies in the place was made here, finished or not, or nothing does.
+_is_ours() {
+  [[ -f $venv/setup.log || -f $venv/setup.stamp || ! -e $venv ]] && return
+  [[ -d $venv && ! $(find "$venv/" -mindepth 1 -print -quit) ]]
+}
+
+_refuse_foreign() {
+  {
+    echo "expected: nothing in $venv, or an environment that was made here"
+    echo "got:      one that was made by somebody else (it has no setup.log)"
+    echo "to do:    move it away, and start again; or use it: pip install -c constraints.txt -e '.[all]'"
+  } >&2
+  exit 2
 }
 
 # The name of the first Python on PATH that is new enough.

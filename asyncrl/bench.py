@@ -31,6 +31,7 @@ from asyncrl.foreign import leave
 from asyncrl.limits import processor_share, usable_cores
 from asyncrl.metrics import counted, percent
 from asyncrl.plan import in_words, prepare
+from asyncrl.program import program
 from asyncrl.threads import halves
 
 TRIAL_SECONDS = 50.0  # for other ways to share out the environments
@@ -186,7 +187,7 @@ def _line(what: str, cost: Cost) -> None:
 def main(launch_file: Path, options: list[str]) -> int:
     """In a process with the environment of a run's; exit status 0 or 2."""
     if any(name not in os.environ for name in CHILD_ENVIRONMENT):  # read before Python starts
-        command = [sys.executable, "-m", "asyncrl.bench", str(launch_file), *options]
+        command = program("asyncrl.bench", str(launch_file), *options)
         os.execve(sys.executable, command, CHILD_ENVIRONMENT | os.environ)
     return in_words(launch_file, lambda: bench(launch_file, options))
 

@@ -161,7 +161,7 @@ class Child:
         """Processor time it has had, with the workers of its environments."""
         seconds = 0.0
         for pid in _family(self.process.pid):
-            with contextlib.suppress(psutil.Error):
+            with contextlib.suppress(psutil.Error, OSError):  # no more descriptors for now
                 times = psutil.Process(pid).cpu_times()
                 seconds += times.user + times.system
         return seconds

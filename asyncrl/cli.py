@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from asyncrl.foreign import leave, nobody_reads
+from asyncrl.foreign import leave, nobody_reads, open_standard_streams
 
 TRAIN_USAGE = "asyncrl train LAUNCH_FILE RUN_ID [--option value ...]"
 CHECKPOINTS = ["newest", "best"]
@@ -37,6 +37,7 @@ SIGHUP.
 
 def entry() -> NoReturn:
     """The command `asyncrl`."""
+    open_standard_streams()
     try:
         status = main()
         sys.stdout.flush()
@@ -187,7 +188,7 @@ def _share(text: str) -> float:
 
 def runs_folder() -> Path:
     """Where runs lie: $ASYNCRL_RUNS, else runs/ here."""
-    return Path(os.environ.get("ASYNCRL_RUNS", "runs")).absolute()
+    return Path(os.environ.get("ASYNCRL_RUNS") or "runs").absolute()
 
 
 def find_run(name: str) -> Path:

@@ -31,6 +31,7 @@ from asyncrl.evaluate import EvaluationConfig
 from asyncrl.foreign import name_of
 from asyncrl.learner_config import LearnerConfig
 from asyncrl.models import ModelConfig
+from asyncrl.program import program
 from asyncrl.types import Spec, Tree
 
 ALL_ITEMS = typeguard.CollectionCheckStrategy.ALL_ITEMS
@@ -234,5 +235,5 @@ def main(launch_file: str) -> None:
             'expected main(__file__) below `if __name__ == "__main__":`, got it called while the '
             "launch file was read; write that line above it, or it would start itself for ever"
         )
-    command = [sys.executable, "-m", "asyncrl", "train", launch_file, *sys.argv[1:]]
+    command = program("asyncrl", "train", launch_file, *sys.argv[1:])
     os.execv(sys.executable, command)

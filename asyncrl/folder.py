@@ -19,10 +19,12 @@ from typing import Any
 from asyncrl.children import CHILD_ENVIRONMENT, signal_name
 from asyncrl.disk import CheckpointError, write_atomically
 from asyncrl.plan import EXIT_FAILED, EXIT_REFUSED, Plan
+from asyncrl.program import program
 from asyncrl.provenance import provenance, say_what_changed
 
 BEGUN = "launch.json", "config.json", "checkpoints"  # where one of them is, there is a run
 STRANGER_SECONDS = 3.0  # a lock held for less is somebody who looks, or is being refused
+GLANCES, GLANCE_SECONDS = 10, 0.1  # how often a start asks again, and how long after each
 WORD_SECONDS, PREPARE_SECONDS = 10.0, 300.0  # of waiting for a plan: it is said; it is given up
 STACK_SECONDS = 2.0  # for the stacks of what is given up
 
@@ -84,6 +86,10 @@ class RunFolder:
 
     def _lock_or_refuse(self) -> None:
         try:
+            for _ in range(GLANCES):
+                with contextlib.suppress(BlockingIOError):
+                    return self._lock()
+                time.sleep(GLANCE_SECONDS)
             self._lock()
         except BlockingIOError:
             self.__exit__()
@@ -165,7 +171,8 @@ class RunFolder:
             options = [*before, *_without_auto(options)]
             with contextlib.suppress(OSError):
                 if launch_file.read_bytes() == own_copy.read_bytes():
-                    launch_file, original = own_copy, file
+                    is_own = launch_file.samefile(own_copy)  # else it may have been moved
+                    launch_file, original = own_copy, file if is_own else launch_file
         if not os.path.isfile(launch_file):
             raise Refused(
                 f"expected a launch file, got {launch_file}, which is not there; "
@@ -335,8 +342,10 @@ def leaving_at_once(number: int) -> Iterator[None]:
 def prepare_in_child(launch_file: Path, original: Path, options: list[str]) -> Plan:
     """The plan of a run, or SystemExit with a status where it was said why there is none."""
     with open(os.memfd_create("plan"), "rb") as file:  # a pipe could be held open by others
-        command = [sys.executable, "-m", "asyncrl.run", "prepare", "0", str(launch_file),
-                   str(original), str(file.fileno()), *options]  # fmt: skip
+        command = program(
+            "asyncrl.run", "prepare", "0", str(launch_file), str(original), str(file.fileno()),
+            *options,
+        )  # fmt: skip
         environment = CHILD_ENVIRONMENT | os.environ
         child = subprocess.Popen(command, pass_fds=[file.fileno()], env=environment)
         if not _has_ended(child, original):

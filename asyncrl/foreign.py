@@ -37,6 +37,17 @@ def name_of(thing: Any) -> str:
     return f"{name}{where}" if name else repr(thing)
 
 
+def open_standard_streams() -> None:
+    """Give a process that was started with some of its standard streams closed (`>&-`) ones that
+    lead nowhere, before other files get their numbers."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
 def nobody_reads() -> bool:
     """Whether what is printed goes nowhere any more, as by `--help | head`; then for good."""
     reader = select.poll()

@@ -141,6 +141,8 @@ class Learner:
         self.rebuilt_before, rebuilt = counters.get("rebuilt", (0, 0))
         if self.weights.version:  # only the learner died: its actors live on
             self.epoch = int(self.weights.front()["context"]["epoch"])
+            if not self.turn_based and counters["epoch"] != self.epoch:  # saved by an earlier start
+                self.rebuilt_before = rebuilt
             return
         self.epoch = counters["epoch"] if self.turn_based else self.generation + 1
         self.rebuilt_before = rebuilt

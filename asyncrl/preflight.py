@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from dataclasses import dataclass
@@ -56,18 +57,22 @@ def memory(plan: Plan, available: int | None = None) -> Check:
 
 
 def disk(plan: Plan, folder: Path) -> Check:
-    """The saved replay against what is free where the run's folder lies or will lie."""
+    """Checkpoints and replay against what is free where the run's folder lies or will lie."""
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
-    free += sum(path.stat().st_size for path in (folder / "replay").glob("*.bin"))  # its own
+    for path in (*folder.glob("replay/*.bin"), *folder.glob("checkpoints/*/*")):  # its own
+        with contextlib.suppress(OSError):
+            free += path.lstat().st_size
     needed = _amount(plan.disk_nbytes * 1.1)
     if plan.disk_nbytes * 1.1 > free:
-        words = (
-            f"expected {needed} of disk in {place} for the saved replay, got {_amount(free)}; "
-            "lower --algorithm.replay.capacity or use --learner.save-replay False (a resumed run "
-            "then fills its replay anew)"
-        )
-        return Check("disk", "refused", (words,))
+        remedy = "make room, or lower --learner.keep-checkpoints"
+        if _capacity(plan):
+            remedy += (
+                " or --algorithm.replay.capacity, or use --learner.save-replay False (a resumed "
+                "run then fills its replay anew)"
+            )
+        words = f"expected {needed} of disk in {place} for what is saved, got {_amount(free)}"
+        return Check("disk", "refused", (f"{words}; {remedy}",))
     words = f"{needed} of {_amount(free)} free in {place}"
     if plan.disk_nbytes * 2.2 > free:
         remedy = "a fast run may need twice that, as two checkpoints hold a replay each"

@@ -30,6 +30,7 @@ from setproctitle import setproctitle
 from asyncrl.children import CHILD_ENVIRONMENT, Forked, mark_offspring
 from asyncrl.foreign import leave
 from asyncrl.logs import EventLog
+from asyncrl.program import program
 from asyncrl.transport.shared_memory import adopt_orphans, die_with_parent
 
 PRELOADED = [
@@ -75,7 +76,7 @@ class Template:
         self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "asyncrl.template", str(os.getpid()), str(theirs.fileno())],
+                program("asyncrl.template", str(os.getpid()), str(theirs.fileno())),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=self.log,

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -379,6 +380,34 @@ def test_a_run_has_one_holder(in_this_process, runs, launch_file, capfd):
         assert sorted(runs.rglob("*")) == before
 
 
+def test_somebody_who_looks_for_a_moment_keeps_nobody_out(in_this_process, runs, launch_file):
+    begin(runs, launch_file)
+    looks = os.open(runs / "x", os.O_RDONLY)
+    fcntl.flock(looks, fcntl.LOCK_SH)
+    threading.Timer(0.3, os.close, [looks]).start()
+    with RunFolder(runs / "x") as run:
+        assert run.held
+
+
+def test_a_launch_file_that_was_moved_imports_from_its_new_place(
+    in_this_process, runs, launch_file, tmp_path
+):
+    for place in ("old", "new"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "sizes.py").write_text("HIDDEN = 8,\n")
+        text = LAUNCH_FILE.replace("hidden=(8,)", "hidden=HIDDEN")
+        (tmp_path / place / "own.py").write_text("from sizes import HIDDEN\n" + text)
+    begin(runs, tmp_path / "old" / "own.py")
+    shutil.rmtree(tmp_path / "old")
+    for module in ("sizes", "asyncrl_launch_file"):
+        sys.modules.pop(module, None)
+    with RunFolder(runs / "x") as run:
+        run.prepare(tmp_path / "new" / "own.py", [])
+        assert run.launch["file"] == str(tmp_path / "new" / "own.py")
+        run.prepare(runs / "x" / "launch.py", [])  # as if none were named: the one from before
+        assert run.launch["file"] == str(tmp_path / "old" / "own.py")
+
+
 def test_a_resume_with_another_configuration(in_this_process, runs, launch_file, capfd):
     with RunFolder(runs / "x") as run:
         run.begin(run.prepare(launch_file, ["--seed", "3"]))
@@ -643,6 +672,42 @@ def test_for_real(runs, launch_file):
     for option in ("--seed", "--env.id", "--algorithm.replay.capacity", "--actor.num-actors"):
         assert option in output
     assert not runs.exists()
+
+
+def test_it_starts_with_its_standard_streams_closed(runs):
+    (runs / "x").mkdir(parents=True)
+    for closed in ("<&- >&- 2>&-", ">&-", "2>&-"):
+        command = f'exec "$0" -m asyncrl watch x --health {closed}'
+        ended = subprocess.run(["bash", "-c", command, sys.executable], cwd=REPOSITORY)
+        assert ended.returncode == 2  # a folder without a run
+        made = (
+            "import sys, asyncrl.foreign as f, subprocess as s; f.open_standard_streams(); "
+            "sys.exit(s.run([sys.executable, '-c', 'import faulthandler as f; f.enable(); "
+            "import sys; sys.stdout.flush()']).returncode)"
+        )
+        command = f'exec "$0" -c "$1" {closed}'
+        ended = subprocess.run(["bash", "-c", command, sys.executable, made], cwd=REPOSITORY)
+        assert ended.returncode == 0
+
+
+def test_what_lies_in_the_current_folder_takes_the_place_of_nothing(tmp_path):
+    """But modules there, which a launch file elsewhere may need, are found."""
+    for name in ("asyncrl", "random", "gymnasium", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong one')\n")
+    (tmp_path / "nearby.py").write_text("NUMBER = 7\n")
+    (tmp_path / "elsewhere").mkdir()
+    launch_file = tmp_path / "elsewhere" / "launch.py"
+    launch_file.write_text("import nearby, random\nassert nearby.NUMBER == 7\n" + LAUNCH_FILE)
+    code = "from asyncrl.program import program; print(*program('asyncrl.run'), sep='\\n')"
+    run = [sys.executable, "-c", code]
+    command = subprocess.run(run, capture_output=True, text=True, cwd=REPOSITORY).stdout.split("\n")
+    arguments = ["prepare", "0", str(launch_file), str(launch_file), "1"]
+    ended = subprocess.run(
+        [*command[:-1], *arguments], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": ""},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["num_lanes"] == 2
 
 
 def test_a_reader_that_leaves_gets_no_traceback(runs):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,6 +165,15 @@ def test_disk_verdicts(tmp_path):
     assert check.verdict == "refused" and "expected 1100000.00 GB of disk" in check.lines[0]
     assert "0.22 MB of " in preflight.disk(make_plan(disk=200_000), tmp_path / "new").lines[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_run_has_saved_takes_no_room_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda place: SimpleNamespace(free=700))
+    assert preflight.disk(make_plan(disk=2_000), tmp_path).verdict == "refused"
+    for name in ("replay/segment.bin", "checkpoints/checkpoint_1/tensors", "checkpoints/best/x"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(bytes(600))
+    assert preflight.disk(make_plan(disk=2_000), tmp_path).verdict == "warning"
 
 
 def test_gpu_verdicts(monkeypatch):

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "asyncrl"
 
 LAYERS = [
     {"types", "disk", "describe", "state", "schedules", "sampling", "limits", "example_envs"}
-    | {"foreign", "priority", "spec_json", "transfer"},
+    | {"foreign", "priority", "spec_json", "transfer", "program"},
     {
         "env_actions",
         "env_config",
@@ -34,8 +34,7 @@ LAYERS = [
     {"config"},
     {"costs", "plan", "folder", "preflight", "children", "memory", "run", "template"}
     | {"supervisor", "video"},
-    {"panel", "screen", "health", "plots", "doctor", "bench", "eval", "cli"}
-    | {"__main__"},
+    {"panel", "screen", "health", "plots", "doctor", "bench", "eval", "cli"} | {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

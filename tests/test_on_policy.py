@@ -478,6 +478,11 @@ def test_counts_of_what_went_wrong_survive_a_resume(tmp_path):
     assert again.learner.guard.num_skipped == 3
     assert again.learner.num_rebuilt() == 2
     again.rings[0].words[Word.REBUILDS] = 1
+    again.turn()
     again.learner.save()
     again.learner.start(resume=True)  # it died alone: the ring still has its count
     assert again.learner.num_rebuilt() == 3
+    third = Box(tmp_path, PPOConfig(num_minibatches=1), resume=True)
+    third.learner.rebuilt_before = 0  # it dies alone before it has saved anything:
+    third.learner.start(resume=True)
+    assert third.learner.num_rebuilt() == 3

@@ -155,3 +155,25 @@ def test_a_killed_producer_loses_repeats_and_tears_nothing():
         assert reader.take() is None and reader.taken == ring.read(Word.HEAD) == seen
         whole = [filled(LARGE, number) for number in (seen - 3, seen) if number >= 0]
         torn += not any(np.array_equal(ring.raw[seen % 3], raw) for raw in whole)
+
+
+def test_an_actor_never_sees_cursors_half_set():
+    """A resumed learner sets them while the actor looks: whenever it does, it may not begin."""
+    ring = Ring(np.zeros(Ring.nbytes(SMALL, 2), np.uint8), SMALL, 2)
+    writer, order = UnrollWriter(ring), (Word.HEAD, Word.TAIL, Word.PERMITTED)
+
+    class Moving:
+        """Words that change between two looks at them."""
+
+        def __init__(self, looks: int):
+            self.left, self.words = looks, dict.fromkeys(order, 0)
+
+        def __getitem__(self, word):
+            if self.left == 0:
+                self.words = dict.fromkeys(order, 7)
+            self.left -= 1
+            return self.words[word]
+
+    for looks in range(4):
+        ring.words = Moving(looks)
+        assert not writer.may_begin()

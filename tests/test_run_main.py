@@ -383,6 +383,17 @@ def test_a_half_made_environment_is_redone(box):
     assert not (box.repo / ".venv/half-made").exists()
 
 
+def test_an_environment_of_somebody_else_is_left_alone(box):
+    (box.repo / ".venv").mkdir()
+    assert box.run("x").returncode == 0
+    shutil.rmtree(box.repo / ".venv")
+    (box.repo / ".venv").mkdir()
+    (box.repo / ".venv/pyvenv.cfg").write_text("by hand")
+    refused = box.run("x")
+    assert refused.returncode == 2 and "made by somebody else" in refused.err
+    assert (box.repo / ".venv/pyvenv.cfg").read_text() == "by hand"
+
+
 def test_an_interrupted_update_does_not_count_even_if_the_edit_is_undone(box):
     box.run("x")
     before = (box.repo / "setup.cfg").read_text()

@@ -84,10 +84,9 @@ class UnrollWriter:
 
     def may_begin(self) -> bool:
         """Whether the next unroll is permitted and has a free slot."""
-        words, sequence = self.ring.words, self.sequence
-        return (
-            sequence < words[Word.PERMITTED] and sequence < words[Word.TAIL] + self.ring.num_slots
-        )
+        # Read first what is written last as a resumed run sets all of them.
+        permitted, tail = self.ring.read(Word.PERMITTED), self.ring.read(Word.TAIL)
+        return self.sequence < min(permitted, tail + self.ring.num_slots)
 
     def reserve(self) -> Unroll | None:
         """The slot of the next unroll to fill in place, or None when it may not begin."""
