@@ -6,17 +6,14 @@ import sys
 from pathlib import Path
 
 # `python -m` would look in the current folder first, for asyncrl as for all that it imports.
-_CODE = """
-import sys
-sys.path[0] = {root!r}
-import asyncrl, runpy
-sys.path[:1], sys.path[len(sys.path):] = [], [{root!r}, ""]
-runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
-"""
+_CODE = (
+    "import sys; root, module = sys.argv[1:3]; del sys.argv[1:3]; "
+    "sys.path[0] = root; import asyncrl, runpy; sys.path = [*sys.path[1:], root, '']; "
+    "runpy.run_module(module, run_name='__main__', alter_sys=True)"
+)
 
 
 def program(module: str, *arguments: str) -> list[str]:
     """The command that runs a module of this asyncrl, in a Python like this one."""
     root = str(Path(__file__).absolute().parent.parent)
-    code = "; ".join(_CODE.format(root=root, module=module).strip().splitlines())
-    return [sys.executable, "-c", code, *arguments]
+    return [sys.executable, "-c", _CODE, root, module, *arguments]

@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -326,8 +325,7 @@ class Child:
         """The status that the attempt ends with."""
         self.path.write_text(f"#!/bin/sh\n{script}\n")
         self.path.chmod(0o755)
-        stand_in = SimpleNamespace(executable=str(self.path), stderr=sys.stderr)
-        self.monkeypatch.setattr(folder, "sys", stand_in)
+        self.monkeypatch.setattr(folder, "program", lambda *arguments: [str(self.path), *arguments])
         with pytest.raises(SystemExit) as exit:
             folder.prepare_in_child(Path("launch.py"), Path("launch.py"), list(options))
         return exit.value.code
