@@ -129,8 +129,8 @@ class UpdateGuard:
         """Diverged if one of the model's state dict is not finite any more. One wait for the
         device."""
         with torch.no_grad():
-            sums = [weights[name].sum(dtype=torch.float32) for name in self._finite]
-        finite = torch.stack(sums).isfinite().tolist() if sums else []
+            sums = [_sum(weights[name]).isfinite() for name in self._finite]
+        finite = torch.stack(sums).tolist() if sums else []
         if not all(finite):
             name = self._finite[finite.index(False)]
             raise Diverged(
@@ -141,6 +141,11 @@ class UpdateGuard:
 
 class EnvFailed(Exception):
     """A step of the environments raised, or handed out what it must not."""
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    """In a type that holds what the tensor's own does, and more of what is small."""
+    return tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
 
 
 class GuardedEnvs:

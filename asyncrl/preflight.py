@@ -100,9 +100,9 @@ def descriptors(plan: Plan) -> Check:
     return Check("descriptors", "ok", (words,))
 
 
-def schedules(plan: Plan) -> tuple[Check, Check]:
+def schedules(plan: Plan) -> tuple[Check, ...]:
     """What depends on how long the run is."""
-    return warm_up(plan), learning_rate(plan)
+    return warm_up(plan), learning_rate(plan), target_net(plan)
 
 
 def warm_up(plan: Plan) -> Check:
@@ -127,6 +127,20 @@ def learning_rate(plan: Plan) -> Check:
     remedy = "a schedule is not stretched: begin the run with a longer one, where it is a Linear "
     remedy += "by --algorithm.learning-rate.steps"
     return Check("learning rate", "warning", (words,), remedy)
+
+
+def target_net(plan: Plan) -> Check:
+    """Whether a net that follows softly gets anywhere: `polyak` is a share at each move of it."""
+    algorithm = plan.config.get("algorithm", {})
+    polyak, period = algorithm.get("polyak") or 1, algorithm.get("target_period") or 1
+    rows = algorithm.get("batch_size", 1) * max(1, algorithm.get("sequence_length", 1))
+    per_step = (algorithm.get("replay") or {}).get("samples_per_insert", 1) / rows
+    updates = plan.total_env_steps * per_step
+    if polyak == 1 or period == 1 or period / polyak <= 0.1 * updates:
+        return Check("target net", "ok", ("follows",))
+    words = f"goes {polyak:g} of the way each {period:,} of some {updates:,.0f} updates: it stays "
+    remedy = "with a small polyak set --algorithm.target-period 1"
+    return Check("target net", "warning", (words + "what it was at the start",), remedy)
 
 
 def can_write(folder: Path) -> Check:

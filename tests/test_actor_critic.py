@@ -537,7 +537,7 @@ def test_settings_that_cannot_be_are_refused():
             PPOConfig(**wrong)
     with pytest.raises(ValueError, match="expected values_by learner for vtrace, got actor"):
         PPOConfig(estimator="vtrace", values_by="actor")
-    with pytest.raises(ValueError, match="expected clip_rho of at least 0"):
+    with pytest.raises(ValueError, match="expected clip_rho above 0"):
         A2CConfig(clip_rho=-1.0)
     A2CConfig(clip_rho=0.5)
     with pytest.raises(ValueError, match="expected clip_rho of at least 1 for vtrace"):

@@ -64,6 +64,9 @@ def test_a_value_of_another_type_is_refused_by_name(changes, words):
         lambda: DQNConfig(learning_rate=Linear(1e-3, -1e-3, 9)),
         lambda: DQNConfig(max_grad_norm=NAN),
         lambda: DQNConfig(adam_eps=-1.0),
+        lambda: DQNConfig(adam_eps=0.0),  # 0 / 0 where a gradient is 0
+        lambda: A2CConfig(clip_rho=0.0),
+        lambda: PPOConfig(clip_ratio=0.0),
         lambda: DQNConfig(reward_clip=NAN),
         lambda: DQNConfig(reward_scale=NAN),
         lambda: DQNConfig(reward_scale=0.0),

@@ -101,6 +101,18 @@ def test_a_run_shorter_than_its_warm_up_is_told(tmp_path):
     assert preflight.warm_up(plan).verdict == "ok"  # nothing to wait for in a rollout queue
 
 
+def test_a_target_net_that_hardly_moves_is_told(tmp_path):
+    plan = dataclasses.replace(make_plan(memory=0), total_env_steps=100_000)
+    replay = {"learning_starts": 0, "samples_per_insert": 8.0}  # 25,000 updates of 32
+    for polyak, period, verdict in (
+        (1.0, 2_000, "ok"), (0.005, 1, "ok"), (0.005, 2_000, "warning"), (0.8, 2_000, "ok"),
+    ):  # fmt: skip
+        algorithm = {"polyak": polyak, "target_period": period, "batch_size": 32, "replay": replay}
+        found = dataclasses.replace(plan, config=plan.config | {"algorithm": algorithm})
+        assert preflight.target_net(found).verdict == verdict
+    assert preflight.target_net(plan).verdict == "ok"  # of an algorithm that has none
+
+
 def test_a_run_longer_than_it_learns_is_told(tmp_path):
     file = REPOSITORY / "launch" / "cartpole_ppo.py"
     for options, verdict in (

@@ -300,6 +300,20 @@ def test_only_a_pure_model_is_called_by_two_threads_at_once(pure):
     torch.set_num_threads(before)
 
 
+def test_what_runs_without_gradient_keeps_no_weights_that_it_casts():
+    """Older PyTorch keeps them for all threads, and a gradient would end at them."""
+    seen = set()
+
+    class Seeing(Table):
+        def forward(self, obs, first, state):
+            seen.add((torch.is_grad_enabled(), torch.is_autocast_cache_enabled()))
+            return super().forward(obs, first, state)
+
+    config = replace(CONFIG, precision="bfloat16", double=True)
+    DQN(config, Seeing(), torch.device("cpu")).update(Store(make_sample([[1.0]])))
+    assert seen == {(True, True), (False, False)}
+
+
 def test_nothing_is_drawn_ahead_that_depends_on_the_update_before():
     def may(**changes) -> bool:
         dqn = make_dqn(**changes)

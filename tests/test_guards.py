@@ -91,6 +91,13 @@ def test_infinities_that_belong_to_a_model_are_its_own(tmp_path):
         guard.check(model.state_dict())
 
 
+def test_a_wide_type_may_hold_what_a_narrow_one_cannot(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("variance", torch.tensor([3.5e75], dtype=torch.float64))
+    model.register_buffer("narrow", torch.full((10,), 60_000.0, dtype=torch.float16))
+    UpdateGuard(model, EventLog(tmp_path / "events.log")).check(model.state_dict())
+
+
 class Steps:
     """An algorithm that says which of an update's steps were skipped."""
 

@@ -19,7 +19,7 @@ from asyncrl.algorithms.gradient import (
 from asyncrl.algorithms.teams import Teams
 from asyncrl.models.precision import Precision, computes_in_bfloat16
 from asyncrl.policies import Sample
-from asyncrl.schedules import value_at
+from asyncrl.schedules import check_range, value_at
 from asyncrl.stores.rollout import Rollout, RolloutConfig, RolloutQueue
 from asyncrl.types import Spec
 
@@ -64,8 +64,8 @@ class A2CConfig:
         ac.check_settings(
             self.rollout, self.gamma, self.lambda_, self.n_step, value_coef=self.value_coef,
             entropy_coef=self.entropy_coef, reward_clip=self.reward_clip,
-            clip_rho=self.clip_rho,
         )  # fmt: skip
+        check_range("clip_rho", self.clip_rho, above=True)
         if self.estimator == "vtrace" and self.clip_rho < 1:
             raise ValueError(
                 f"expected clip_rho of at least 1 for vtrace, got {self.clip_rho}: TD errors may "

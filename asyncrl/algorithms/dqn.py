@@ -259,9 +259,12 @@ class DQN:
         return batch.following._replace(values=values)
 
     def _autocast(self) -> torch.autocast:
-        """bfloat16 where that is on. What runs without gradient has a context of its own: older
-        PyTorch keeps the weights it casts, without gradient, for all that runs in the same one."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+        """bfloat16 where that is on. What runs without gradient has a context of its own, and keeps
+        no weights: older PyTorch would give those it casts, without gradient, to whatever else
+        runs in the same one, or in another thread."""
+        return torch.autocast(
+            self.device.type, torch.bfloat16, self.bfloat16, cache_enabled=torch.is_grad_enabled()
+        )
 
     def _outputs(self, net: nn.Module, obs: Tree, first: Tensor, state: Tree) -> Tree:
         """What a net makes of rows (T, N, ...)."""

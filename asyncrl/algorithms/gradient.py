@@ -218,4 +218,4 @@ def check_gradient_settings(learning_rate: Any, max_grad_norm: float, eps: float
     """ValueError for what cannot be a learning rate, a norm or an optimizer's epsilon."""
     check_range("learning_rate", learning_rate)
     check_range("max_grad_norm", max_grad_norm)
-    check_range("eps of the optimizer", eps)
+    check_range("eps of the optimizer", eps, above=True)
