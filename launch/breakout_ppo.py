@@ -48,7 +48,7 @@ home = replace(
 
 # For a GPU and 8 to 16 cores, all of which act: four times the environments for a quarter of the
 # steps each, so that rollouts and minibatches stay what they are. Never run on a GPU; on two cores
-# it learned as much from an env step.
+# it learned about as much from an env step.
 gpu = replace(
     config,
     algorithm=replace(config.algorithm, values_by="actor"),
