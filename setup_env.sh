@@ -69,7 +69,8 @@ _refuse_foreign() {
   {
     echo "expected: nothing in $venv, or an environment that was made here"
     echo "got:      one that was made by somebody else (it has no setup.log)"
-    echo "to do:    move it away, and start again; or use it: pip install -c constraints.txt -e '.[all]'"
+    echo "to do:    move it away, and start again; or install asyncrl into it and do without this script:"
+    echo "          pip install -c $setup_root/constraints.txt -e '${setup_root}[$extras]'"
   } >&2
   exit 2
 }

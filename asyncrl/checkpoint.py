@@ -25,7 +25,6 @@ from safetensors import SafetensorError, safe_open
 from asyncrl.disk import (
     PIECE_NBYTES,
     CheckpointError,
-    UnreadableNow,
     check_entry,
     check_sum,
     expect,
@@ -208,8 +207,6 @@ class Checkpoints:
             loaded = _load(path)
             if number is not None:
                 expect(loaded.number == number, f"{path}: expected its own number", loaded.number)
-        except UnreadableNow:  # to go back to an older one would be final
-            raise
         except CheckpointError as error:
             loaded = None
             if (path, str(error)) not in self.rejected:

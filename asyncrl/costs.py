@@ -27,7 +27,7 @@ class Cost(NamedTuple):
     wall: float
     cpu: float  # of all its threads
     parts: Mapping[str, float] = {}  # shares of the time, by what it went to
-    gpu: float = 0.0  # while it used one
+    gpu: float = 0.0  # while it used one or waited for it: processes take turns on it
 
 
 class Forecast(NamedTuple):

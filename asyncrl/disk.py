@@ -1,7 +1,6 @@
 """Files that are whole or not there: what checkpoints and replay segments stand on."""
 
 import contextlib
-import errno
 import hashlib
 import os
 import shutil
@@ -12,16 +11,10 @@ from typing import Any, BinaryIO
 
 MANIFEST_NBYTES = 64 << 20  # an honest one is far smaller; read whole before its sum is known
 PIECE_NBYTES = 4 << 20
-# Descriptors, memory or a server: nothing that says a file is damaged.
-PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}
 
 
 class CheckpointError(Exception):
     """Something could not be saved or must not be loaded; the message says what to do about it."""
-
-
-class UnreadableNow(CheckpointError):
-    """A file that may well be whole could not be read, for want of something else."""
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -103,8 +96,7 @@ def open_checked(path: Path, nbytes: int | None = None) -> Iterator[BinaryIO]:
             expect(ok, f"{path.name}: expected {limit} bytes", found.st_size)
             yield file
     except OSError as error:
-        kind = UnreadableNow if error.errno in PASSING else CheckpointError
-        raise kind(f"{path.name}: cannot be read: {error}") from error
+        raise CheckpointError(f"{path.name}: cannot be read: {error}") from error
 
 
 def read_checked(path: Path, entry: dict | None = None) -> bytes:

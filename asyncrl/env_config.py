@@ -64,8 +64,7 @@ class EnvConfig:
     after a lost life would stand still for half an hour; else 0."""
 
     num_threads: int = 0
-    """Threads of ALE's pool, of each group (0: one an environment, as far as an actor's share of
-    the cores goes)."""
+    """Threads of ALE's pool, of each group (0: one an environment, as far as there are cores)."""
 
     atari: dict[str, Any] = field(default_factory=dict)
     """Parameters of ALE's vector env that differ from the protocol's own."""

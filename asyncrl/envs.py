@@ -27,14 +27,14 @@ def seed_for(seed: int, lane: int, generation: int) -> int:
     return int(word % (2**31 - 2**16))  # room for seed + B in the int32 that ALE takes
 
 
-def make_envs(config: EnvConfig, num_envs: int, num_actors: int = 1) -> EnvGroup:
-    """Build B environments, one group of one of `num_actors` actors, and check what they are.
+def make_envs(config: EnvConfig, num_envs: int) -> EnvGroup:
+    """Build B environments and check what they are.
 
     Async workers die with the thread that calls this, as Linux counts parents by thread.
     """
     config = config.resolved()
     try:
-        env = _make_vector_env(config, num_envs, max(1, usable_cores() // num_actors))
+        env = _make_vector_env(config, num_envs)
     except (EOFError, ConnectionError) as error:
         raise EnvDied(f"{config.name}: a worker died at its start, see its traceback") from error
     try:
@@ -44,7 +44,7 @@ def make_envs(config: EnvConfig, num_envs: int, num_actors: int = 1) -> EnvGroup
         raise
 
 
-def _make_vector_env(config: EnvConfig, num_envs: int, cores: int) -> VectorEnv:
+def _make_vector_env(config: EnvConfig, num_envs: int) -> VectorEnv:
     if config.is_callable:
         make = _import(config.id) if isinstance(config.id, str) else config.id
         _check_callable(make, config.name)
@@ -53,7 +53,7 @@ def _make_vector_env(config: EnvConfig, num_envs: int, cores: int) -> VectorEnv:
     kwargs = config.kwargs | config.atari
     if config.vectorization == "native":
         if config.is_ale:
-            kwargs["num_threads"] = config.num_threads or min(num_envs, cores)
+            kwargs["num_threads"] = config.num_threads or min(num_envs, usable_cores())
         return gym.make_vec(config.id, num_envs, "vector_entry_point", **kwargs)
     how: dict[str, Any] = {"autoreset_mode": AutoresetMode.NEXT_STEP}
     wrappers = []

@@ -84,6 +84,7 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
         number = call("the environment", best_num_actors, config)
         config = replace(config, actor=replace(config.actor, num_actors=number))
         measured = ["--actor.num-actors", str(number)]
+    _check_devices(config)
     actor = config.actor
     spec = config.spec(observation_space, action_space, state)
     weights = weights_fields(model.state_dict(), context_fields(len(mixture.names)))
@@ -116,9 +117,7 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
 
 
 def _check_machine(config) -> None:
-    """ValueError for threads, devices or a compiler that there are not."""
-    import torch
-
+    """ValueError for threads or a compiler that there are not."""
     from asyncrl.learner_config import check_compiler
 
     for name in ("learner", "actor", "env"):
@@ -129,6 +128,12 @@ def _check_machine(config) -> None:
             )
     if config.learner.compile:
         check_compiler()
+
+
+def _check_devices(config) -> None:
+    """ValueError for a device that there is not. Begins to use a GPU: behind whatever may fork."""
+    import torch
+
     devices = {config.learner.device, config.actor.device, config.algorithm.store_device}
     for name in devices - {"auto"}:
         try:

@@ -132,6 +132,8 @@ def learning_rate(plan: Plan) -> Check:
 def target_net(plan: Plan) -> Check:
     """Whether a net that follows softly gets anywhere: `polyak` is a share at each move of it."""
     algorithm = plan.config.get("algorithm", {})
+    if "polyak" not in algorithm:
+        return Check("target net", "ok", ("there is none",))
     polyak, period = algorithm.get("polyak") or 1, algorithm.get("target_period") or 1
     rows = algorithm.get("batch_size", 1) * max(1, algorithm.get("sequence_length", 1))
     per_step = (algorithm.get("replay") or {}).get("samples_per_insert", 1) / rows

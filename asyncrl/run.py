@@ -1,7 +1,7 @@
 """The processes of a run: how the parts are wired together in each of them.
 
 `child_main` is one process, `asyncrl.supervisor` the parent of all, who has them forked from
-`asyncrl.template`. Only `prepare` is a command of its own: `python -m asyncrl.run prepare 0 ...`.
+`asyncrl.template`. Only `prepare` is started by itself (`asyncrl.program`).
 
     prepare    the plan of a run (asyncrl.plan)
     learner 0  Learner on all lanes            actor i   Actor on its lanes
@@ -94,9 +94,7 @@ class Process:
             WeightsReader(links.weights),
             self.make_model(),
             as_mixture(config.policy),
-            lambda: GuardedEnvs(
-                make_envs(config.env, config.actor.envs_per_lane, config.actor.num_actors)
-            ),
+            lambda: GuardedEnvs(make_envs(config.env, config.actor.envs_per_lane)),
             config.seed,
             generation,
         )

@@ -1,9 +1,12 @@
 """Between host memory and a GPU, by way of page-locked memory: nobody waits for a copy to it.
 
-The memory is PyTorch's own pool of it, which hands a block out anew once its copy is done.
+The memory is PyTorch's own pool of it, which hands a block out anew once its copy is done. Where
+there is none to be had, copies are made by way of CUDA's own.
 """
 
 from __future__ import annotations
+
+import contextlib
 
 import numpy as np
 import torch
@@ -14,8 +17,10 @@ def staged(source: np.ndarray | Tensor, device: torch.device) -> Tensor:
     """What a copy to `device` with non_blocking begins from: the source itself, or, from host
     memory to a GPU, a page-locked copy, so that the source may be written again at once."""
     tensor = torch.as_tensor(source)
-    crosses = device.type == "cuda" and tensor.device.type == "cpu"
-    return tensor.pin_memory() if crosses else tensor
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        with contextlib.suppress(RuntimeError):  # no more may be locked: CUDA then copies at once
+            return tensor.pin_memory()
+    return tensor
 
 
 def to_host(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
@@ -29,9 +34,15 @@ def to_host(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
             elsewhere.setdefault(tensor.dtype, {})[name] = tensor.detach()
     for group in elsewhere.values():
         whole = torch.cat([tensor.flatten() for tensor in group.values()])
-        locked = whole.device.type == "cuda"
-        copy = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=locked).copy_(whole)
-        parts = copy.split([tensor.numel() for tensor in group.values()])
+        parts = _on_host(whole).split([tensor.numel() for tensor in group.values()])
         for (name, tensor), part in zip(group.items(), parts, strict=True):
             arrays[name] = part.view(tensor.shape).numpy()
     return arrays
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy that is there when this returns."""
+    if tensor.device.type == "cuda":
+        with contextlib.suppress(RuntimeError):
+            return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
+    return tensor.cpu()

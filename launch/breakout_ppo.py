@@ -2,7 +2,7 @@
 
     ./run_main.sh breakout_ppo launch/breakout_ppo.py
 
-Hardware: one GPU and 8 or more cores, 4 GB of memory; profile gpu is for all of 8 to 16 cores.
+Hardware: one GPU and 8 or more cores, 4 GB of memory; profile gpu uses 8 to 16 of them.
 Profile home: 2 cores, no GPU.
 Score: profile home: 129.6 after 2,000,793 env steps (30 games, epsilon 0.01), in 38 minutes on two
 cores with bfloat16, in part beside tests. The full length was not run yet.
@@ -48,7 +48,7 @@ home = replace(
 
 # For a GPU and 8 to 16 cores, all of which act: four times the environments for a quarter of the
 # steps each, so that rollouts and minibatches stay what they are. Never run on a GPU; on two cores
-# it learned about as much from an env step.
+# it was ahead of `home` in the middle of its one run, and behind at the end (docs/results).
 gpu = replace(
     config,
     algorithm=replace(config.algorithm, values_by="actor"),

@@ -201,25 +201,6 @@ def test_a_damaged_file_makes_the_one_before_be_used_and_is_named(tmp_path, name
     assert len(reader.rejected) == 1  # said once
 
 
-def test_what_cannot_be_read_for_now_is_no_reason_to_go_back(tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path)
-    save(checkpoints, 1)
-    save(checkpoints, 2)
-    reader, real = Checkpoints(tmp_path), os.open
-
-    def none_left(path, *arguments, **options):
-        if str(path).endswith(FILES[0]):
-            raise OSError(errno.EMFILE, "Too many open files", path)
-        return real(path, *arguments, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "open", none_left)
-        with pytest.raises(CheckpointError, match="Too many open files"):
-            reader.newest_valid()
-    assert_is(reader.newest_valid(), 2)
-    assert not reader.rejected
-
-
 def test_a_damaged_best_is_none_and_said_once(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     (save(checkpoints, 1, best=True) / "state.json").write_text("{}")

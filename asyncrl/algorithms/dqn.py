@@ -24,6 +24,7 @@ from asyncrl.models.layers import noisy_layers
 from asyncrl.models.memory import preparation, states_before
 from asyncrl.models.precision import computes_in_bfloat16
 from asyncrl.stores.replay import Replay
+from asyncrl.transfer import staged
 from asyncrl.types import Spec, Tree, tree_map
 
 __all__ = ["DQN", "DQNConfig", "dqn_loss"]
@@ -131,7 +132,7 @@ class DQN:
         sample = store.sample_sequences() if self.config.sequence_length else store.sample()
         device, onto_gpu = self.device, self.device.type == "cuda"  # from one, nobody would wait
         rest = sample._replace(index=())
-        rest = tree_map(lambda part: part.to(device, non_blocking=onto_gpu), rest)
+        rest = tree_map(lambda part: staged(part, device).to(device, non_blocking=onto_gpu), rest)
         if self.prepare:
             (obs, state), (next_obs, next_state) = (self.prepare(*its) for its in _inputs(rest))
             rest = rest._replace(obs=obs, state=state, next_obs=next_obs, next_state=next_state)

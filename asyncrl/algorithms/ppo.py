@@ -21,7 +21,7 @@ from asyncrl.algorithms.teams import Teams
 from asyncrl.models.memory import preparation
 from asyncrl.models.precision import Precision, computes_in_bfloat16
 from asyncrl.policies import Sample
-from asyncrl.schedules import check_range, value_at
+from asyncrl.schedules import value_at
 from asyncrl.stores.rollout import RolloutConfig, RolloutQueue, Sequences, Steps
 from asyncrl.types import Spec, tree_map
 
@@ -85,7 +85,8 @@ class PPOConfig:
             clip_ratio=self.clip_ratio, clip_value=self.clip_value,
             target_kl=self.target_kl,
         )  # fmt: skip
-        check_range("clip_ratio", value_at(self.clip_ratio, 0), above=True)  # falls to 0 at most
+        if self.clip_ratio == 0:
+            raise ValueError("expected clip_ratio above 0, got 0: no step could be learned from")
         if self.epochs < 1 or self.num_minibatches < 1:
             raise ValueError(
                 "expected epochs and num_minibatches of at least 1, got "
