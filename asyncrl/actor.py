@@ -86,6 +86,7 @@ class LaneState:
         self.make_envs = make_envs
         self.envs: EnvGroup | None = None
         self.unroll: Unroll | None = None  # the one that is being played, in its slot
+        self.outputs: dict[str, np.ndarray] | None = None  # of the newest row that was evaluated
 
     def restart(
         self, seed: int, generation: int, model: nn.Module, policy: Mixture, device
@@ -125,7 +126,8 @@ class Actor:
         self.model = model.to(self.device).eval()
         self.bfloat16 = computes_in_bfloat16(config.precision, self.device, self.model)
         self.noisy = noisy_layers(self.model)
-        # Random play needs the model's memory at the end of an unroll, not what it makes of a row.
+        # Random play needs the model's memory at the end of an unroll, and what it makes of a row
+        # only once, for what actions there are.
         each_row = any(ring.spec.num_states > 1 or ring.spec.values for ring in rings.values())
         self.blind = policy.blind and not each_row and hasattr(model, "advance")
         self.policy, self.seed, self.generation = policy, seed, generation
@@ -257,8 +259,12 @@ class Actor:
         if not between:  # a state to be stored; the slot has room for one stack of frames only
             for_this = tree_map(lambda rows: rows[s : s + 1], unroll.state)
             tree_map(lambda row, part: np.copyto(row, part.cpu().numpy()), for_this, lane.state)
-        if t == 0 or not self.blind:
+        if not self.blind:
             self._evaluate(lane, unroll, t)
+        elif lane.outputs is None:
+            state = tree_map(torch.clone, lane.state)
+            self._evaluate(lane, unroll, t)
+            lane.state = state  # rows are made up for at the end
         opens = lane.first if self.policy.scope == "game" else lane.new_life
         action, log_prob, lane.policy_state = self.policy(
             lane.outputs, lane.policy_state, opens, lane.step, lane.context, lane.rng
@@ -283,12 +289,11 @@ class Actor:
             unroll.value[t] = lane.outputs["value"]
 
     def _advance(self, lane: LaneState, unroll: Unroll) -> None:
-        """The model's state behind all rows, where it has seen no more than the first."""
-        if len(unroll.action) > 1:
-            with torch.no_grad():
-                rows = self._rows(unroll, slice(1, len(unroll.action)))
-                lane.state = self.model.advance(*rows, lane.state)
-            self._spend(Word.TIME_INFERENCE)
+        """The model's state behind all rows, of which it has seen none."""
+        with torch.no_grad():
+            rows = self._rows(unroll, slice(0, len(unroll.action)))
+            lane.state = self.model.advance(*rows, lane.state)
+        self._spend(Word.TIME_INFERENCE)
 
     def _rows(self, unroll: Unroll, rows: slice) -> tuple[Tree, torch.Tensor]:
         """(obs, first) of some rows, where the model computes."""
