@@ -106,6 +106,9 @@ def clipped_share(ratio: Tensor, mask: Mask, clip_ratio: float) -> Tensor:
 
 def normalize(advantage: Tensor, mask: Mask) -> Tensor:
     """Mean 0 and standard deviation 1 over valid steps."""
+    if mask.invalid is None:  # half the operations, which a tiny net's step notices
+        variance, mean = torch.var_mean(advantage, correction=0)
+        return (advantage - mean) / (variance.sqrt() + 1e-8)
     centred = advantage - mask.mean(advantage)
     return centred / (mask.mean(centred.square()).sqrt() + 1e-8)
 
