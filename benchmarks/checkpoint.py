@@ -1,13 +1,14 @@
 """How long training pauses for a checkpoint, with a replay of 1,000,000 Breakout frames.
 
-    python benchmarks/checkpoint.py
+    TMPDIR=/on/the/disk python benchmarks/checkpoint.py
 
 The learner of launch/breakout_dqn.py is made as in a run and its replay filled with noise, about 7
 GB, whose unrolls stream to the disk as they come in. Then unrolls come in at a steady rate, an
 update is made now and then, and a checkpoint after every `--seconds`: weights, optimizer, counters
 and the whole replay. Compared are that pause and a plain write of as many bytes as the streamed
 unrolls take on the disk: about 9 GB, as each also carries the stack of frames it begins with. In
-the end a second learner resumes from the last checkpoint.
+the end a second learner resumes from the last checkpoint. 20 GB of TMPDIR are needed, which must
+not lie in memory.
 """
 
 from __future__ import annotations

@@ -176,7 +176,8 @@ def soak(options: argparse.Namespace, rest: list[str], report: Report) -> None:
                 f"throughput {np.median(rate):.0f} env steps/s, drift {drift:+.1%}")  # fmt: skip
     report.goal("memory of all processes", slope, at_most=MAX_MB_AN_HOUR, unit=" MB/h")
     report.goal("drift of throughput", abs(drift), at_most=MAX_DRIFT)
-    ends = [np.median(v[late][:quarter]) < np.median(v[late][-quarter:]) for v in fds.values()]
+    ends = [np.nanmedian(v[late][:quarter]) < np.nanmedian(v[late][-quarter:])
+            for v in fds.values()]  # fmt: skip
     report.goal("processes with more descriptors at the end", float(sum(ends)), at_most=0)
     picture = (options.output or Path("soak.json")).with_suffix(".png")
     draw(hours, memory, fds, rate, picture)

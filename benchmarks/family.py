@@ -60,9 +60,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--launch", type=Path, default=REPOSITORY / "launch" / "cartpole_dqn.py")
-    parser.add_argument("--members", nargs="+", choices=MEMBERS, default=list(MEMBERS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument(
+        "--launch", type=Path, default=REPOSITORY / "launch" / "cartpole_dqn.py", help="of a DQN"
+    )
+    parser.add_argument(
+        "--members", nargs="+", choices=MEMBERS, default=list(MEMBERS), help="which to train"
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="one run each"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--episodes", type=int, default=100, help="greedy games that judge a seed")
     parser.add_argument("--goal", type=float, default=475.0, help="mean return to reach")

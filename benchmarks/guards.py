@@ -54,11 +54,13 @@ def without_guards() -> contextlib.ExitStack:
     def step(self, env_steps):
         for group in self.optimizer.param_groups:
             group["lr"] = value_at(self.learning_rate, env_steps)
-        most = self.max_grad_norm or float("inf")
-        norm = nn.utils.get_total_norm([part.grad for part in self.parameters])
-        if norm.item() > most:
-            nn.utils.clip_grads_with_norm_(self.parameters, most, norm)
-        self.optimizer.found_inf = None  # what the last guarded step left there
+        gradients = self._gradients()
+        one = len(gradients) == 1
+        norm = torch.linalg.vector_norm(*gradients) if one else nn.utils.get_total_norm(gradients)
+        length, most = norm.item(), self.max_grad_norm or float("inf")
+        if length > most:
+            for gradient in gradients:
+                gradient.mul_(most / (length + 1e-6))
         self.optimizer.step()
         self.count += 1
         return {"loss/grad_norm": norm, "loss/skipped": never}

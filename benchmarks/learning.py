@@ -93,8 +93,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--launch", default="launch/cartpole_dqn.py")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--launch", default="launch/cartpole_dqn.py", help="what to train")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="one run each"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--episodes", type=int, default=100, help="games that judge a seed")
     parser.add_argument("--epsilon", type=float, default=0.01, help="random actions in them")

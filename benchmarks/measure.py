@@ -19,12 +19,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # works without an installation too
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Text as it is written, and defaults behind what is said of options."""
+
+
 def arguments(text: str, repeats: int) -> argparse.ArgumentParser:
     """The options all benchmarks have."""
-    parser = argparse.ArgumentParser(
-        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--repeats", type=int, default=repeats)
+    parser = argparse.ArgumentParser(description=text, formatter_class=Help)
+    parser.add_argument("--repeats", type=int, default=repeats, help="of each measurement")
     parser.add_argument("--output", type=Path, help="write the same as JSON to this file")
     return parser
 
@@ -51,13 +53,14 @@ def hardware() -> dict:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "cpu": about.get("model name", "unknown"),
+        "cpu_family_model": f"{about.get('cpu family', '?')} {about.get('model', '?')}",
         "cores": len(os.sched_getaffinity(0)),
         "cores_of_the_machine": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "gpu": gpu,
         "flags": [flag for flag in wanted if flag in about.get("flags", "").split()],
         "torch": torch.__version__,
-        "load_before": round(os.getloadavg()[0], 2),  # 1 minute; a quiet machine has about 0
+        "load_before": round(os.getloadavg()[0], 2),  # 1 minute, of what ran before among others
     }
 
 
@@ -103,9 +106,9 @@ class Report:
         """The hardware line, and the JSON file if one was asked for."""
         h = self.hardware
         print(
-            f"\n{h['cpu']}, {h['cores']} of {h['cores_of_the_machine']} cores, "
-            f"{h['memory_gb']} GB, {h['gpu']}; torch {h['torch']}; "
-            f"{' '.join(h['flags'])}; load before: {h['load_before']}"
+            f"\n{h['cpu']} ({h['cpu_family_model']}), {h['cores']} of "
+            f"{h['cores_of_the_machine']} cores, {h['memory_gb']} GB, {h['gpu']}; "
+            f"torch {h['torch']}; {' '.join(h['flags'])}; load before: {h['load_before']}"
         )
         if self.options.output:
             data = {"benchmark": self.name, "time": time.strftime("%Y-%m-%d %H:%M:%S"),

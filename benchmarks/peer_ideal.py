@@ -4,8 +4,8 @@
 
 Env steps with random actions, evaluating the net and updates, each timed by itself in this process,
 as a launch file and options of asyncrl shape them. Nothing is faster than updates one after the
-other, nor than all cores busy with these three and nothing else. Updates are taken on one thread
-and on all, whichever allows more.
+other, nor than all cores busy with these three and nothing else. Updates are taken on all threads,
+on half of them and so on down to one, whichever allows most.
 """
 
 import json
@@ -23,6 +23,7 @@ from asyncrl.config import resolve
 from asyncrl.costs import Cost, forecast, small_replay, time_actor, time_learner, wire
 from asyncrl.limits import processor_share, usable_cores
 from asyncrl.models.precision import computes_in_bfloat16, device_called
+from asyncrl.threads import halves
 from asyncrl.types import tree_map
 
 SECONDS = 3.0  # of each measurement
@@ -80,7 +81,7 @@ def main() -> None:
     stepping, inference = time_envs(config), time_inference(config, unrolls[0])
     acting = Cost(stepping.wall + inference.wall, stepping.cpu + inference.cpu)
     found = []
-    for threads in sorted({1, cores}):
+    for threads in halves(cores):
         learning = time_learner(config, unrolls, threads)
         found.append((forecast(cores, acting, learning, processor_share()), learning))
     (rate, bottleneck), learning = max(found, key=lambda pair: pair[0].rate)

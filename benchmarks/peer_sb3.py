@@ -3,7 +3,8 @@
     python benchmarks/peer_sb3.py METRICS_FILE dqn|a2c|ppo|cartpole_ppo [SEED [ENVIRONMENTS]]
 
 Its own Atari wrappers and its own DQN, A2C and PPO. DQN has one environment unless told otherwise,
-as its users mostly run it; epsilon stays at 0.1: about where a run of full length spends its time.
+as its users mostly run it; PPO on Breakout has eight, and with more of them shorter rollouts, of as
+many steps in all. Epsilon stays at 0.1: about where a run of full length spends its time.
 SB3 evaluates no net for a random action, so the first steps of a run, nearly all random, are faster
 than the rest.
 """
@@ -28,7 +29,7 @@ SETTINGS = {
     ),
     "a2c": dict(n_steps=5, ent_coef=0.01),
     "ppo": dict(
-        n_steps=128, batch_size=256, n_epochs=4, learning_rate=2.5e-4, clip_range=0.1,
+        batch_size=256, n_epochs=4, learning_rate=2.5e-4, clip_range=0.1,
         ent_coef=0.01,
     ),
     "cartpole_ppo": dict(
@@ -67,8 +68,11 @@ def main() -> None:
     seed = int(sys.argv[3]) if len(sys.argv) > 3 else 1
     kind, num_envs = KINDS[task]
     settings = SETTINGS[task]
+    if len(sys.argv) > 4:
+        num_envs = int(sys.argv[4])
+    if task == "ppo":  # rollouts of 1,024 steps
+        settings = settings | {"n_steps": 1024 // num_envs}
     if task == "dqn":  # one update every 4 env steps
-        num_envs = int(sys.argv[4]) if len(sys.argv) > 4 else num_envs
         every = max(4 // num_envs, 1)  # calls of step()
         settings = settings | {"train_freq": every, "gradient_steps": every * num_envs // 4}
     if task == "cartpole_ppo":

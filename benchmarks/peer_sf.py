@@ -1,15 +1,16 @@
 """Sample Factory's APPO, for benchmarks/throughput.py, in an environment of its own.
 
-    python benchmarks/peer_sf.py METRICS_FILE ppo|impala|cartpole_ppo [SEED]
+    python benchmarks/peer_sf.py METRICS_FILE ppo|impala|cartpole_ppo [SEED [ENVIRONMENTS]]
 
-Asynchronous; on the GPU where there is one. Two workers share out the environments and step one
-half of theirs while the net evaluates the other; a process each for inference and learning. Its own
-Atari wrappers: four frames an env step, 84 x 84 grey, four stacked; an env step is a decision,
-whatever its frames. It learns on a single thread unless its model is told otherwise; here the
-Nature net gets all cores. Inputs and returns are not normalised, as the other systems do not.
-impala is PPO's loss with GAE in one pass: version 2.1.1 with V-trace fails as it reports its first
-batch. Updates are counted as configured; it may end its epochs early where the loss no longer
-moves.
+Asynchronous; on the GPU where there is one. Workers, two on two cores, share out the environments
+and step one half of theirs while the net evaluates the other; a process each for inference and
+learning. Its own Atari wrappers: four frames an env step, 84 x 84 grey, four stacked; an env step
+is a decision, whatever its frames. It learns on a single thread unless its model is told otherwise;
+here the Nature net gets all cores. PPO on Breakout has eight environments, and with more of them
+shorter rollouts, of as many steps in all. Inputs and returns are not normalised, as the other
+systems do not. impala is PPO's loss with GAE in one pass: version 2.1.1 with V-trace fails as it
+reports its first batch. Updates are counted as configured; it may end its epochs early where the
+loss no longer moves.
 """
 
 import json
@@ -32,7 +33,7 @@ from sf_examples.atari.atari_utils import make_atari_env
 
 register_v0_v4_envs()  # in each process; ALE does it by itself for a newer Gymnasium only
 
-CORES = len(os.sched_getaffinity(0))
+CORES = int(os.environ.get("BENCHMARK_CORES", 0)) or len(os.sched_getaffinity(0))
 SHARED = dict(
     device="gpu" if torch.cuda.is_available() else "cpu", async_rl=True,
     worker_num_splits=2, use_rnn=False, normalize_input=False, normalize_returns=False,
@@ -52,8 +53,8 @@ BREAKOUT = dict(
 )  # fmt: skip
 SETTINGS = {
     "ppo": BREAKOUT | dict(
-        **shared_out(8), rollout=128, batch_size=256, num_batches_per_epoch=4, num_epochs=4,
-        shuffle_minibatches=True, learning_rate=2.5e-4, ppo_clip_ratio=0.1,
+        batch_size=256, num_batches_per_epoch=4, num_epochs=4, shuffle_minibatches=True,
+        learning_rate=2.5e-4, ppo_clip_ratio=0.1,
     ),
     "impala": BREAKOUT | dict(
         **shared_out(32), rollout=20, batch_size=640, num_epochs=1, learning_rate=5e-4,
@@ -109,6 +110,9 @@ def main() -> None:
     register_env("CartPole-v1", make_cartpole)
     global_model_factory().register_encoder_factory(make_encoder)
     settings = SHARED | SETTINGS[task]
+    if task == "ppo":  # rollouts of 1,024 steps
+        num_envs = int(sys.argv[4]) if len(sys.argv) > 4 else 8
+        settings |= shared_out(num_envs) | {"rollout": 1024 // num_envs}
     words = arguments(settings | {"train_dir": f"{path}.folder", "experiment": task, "seed": seed})
     parser, _ = parse_sf_args(words)
     cfg, runner = make_runner(parse_full_cfg(parser, words))

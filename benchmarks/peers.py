@@ -16,6 +16,7 @@ from typing import NamedTuple
 from measure import REPOSITORY, Program, train
 
 from asyncrl.children import CHILD_ENVIRONMENT
+from asyncrl.limits import usable_cores
 
 
 class Task(NamedTuple):
@@ -42,16 +43,14 @@ TASKS = {
     ),
     "a2c": Task(80, 80, "breakout_a2c", ("sb3", "sb3-tuned"), ON_POLICY, {"profile": "home"}),
     "ppo": Task(
-        256, 64, "breakout_ppo", ("sb3", "sb3-tuned", "sf"), ON_POLICY, {"profile": "home"},
+        256, 64, "breakout_ppo",
+        ("sb3", "sb3-tuned", "sb3-32", "sb3-32-tuned", "sf", "sf-32"), ON_POLICY,
+        {"profile": "home"},
     ),
     "impala": Task(640, 640, "breakout_impala", ("sf", "rllib"), ON_POLICY),
-    "cartpole_ppo": Task(
-        64, 6.4, "cartpole_ppo", ("sb3", "sb3-tuned", "sf"), ON_POLICY,
-        # The learning rate falls to 0, and the updates cost the same ever after.
-        {"total-env-steps": 10**9},
-    ),
+    "cartpole_ppo": Task(64, 6.4, "cartpole_ppo", ("sb3", "sb3-tuned", "sf"), ON_POLICY),
 }  # fmt: skip
-SHARED = {"evaluation.period-steps": 0, "learner.log-seconds": 1}
+SHARED = {"total-env-steps": 10**9, "evaluation.period-steps": 0, "learner.log-seconds": 1}
 
 # What a peer's virtual environment gets, what must be there, and what is of the version used here.
 PEERS = {
@@ -111,9 +110,10 @@ def start(
     script = TASKS[task].plain if name == "plain" else f"peer_{peer}"
     script = REPOSITORY / "benchmarks" / f"{script}.py"
     command = [pythons.get(peer, sys.executable), script, runs / "rows", task, seed]
-    tuned = CHILD_ENVIRONMENT if "tuned" in variant else {}
+    more = {"BENCHMARK_CORES": str(usable_cores())}  # by a quota too, which not all of them ask for
+    more |= CHILD_ENVIRONMENT if "tuned" in variant else {}
     command += [word for word in variant if word != "tuned"]
-    return Program(command, runs / "log", runs / "rows", **tuned)
+    return Program(command, runs / "log", runs / "rows", **more)
 
 
 def ideal(task: str, runs: Path, rest: list[str]) -> tuple[dict, str]:

@@ -236,7 +236,7 @@ def main() -> None:
     parser = arguments(__doc__, repeats=5)
     parser.add_argument("--batches", type=int, default=400, help="of each kind, a repeat")
     parser.add_argument("--updates", type=int, default=30, help="of each kind, a repeat")
-    parser.add_argument("--capacity", type=int, default=CAPACITY)
+    parser.add_argument("--capacity", type=int, default=CAPACITY, help="of the replay")
     options = parser.parse_args()
     like_a_run()
     torch.set_num_threads(1)

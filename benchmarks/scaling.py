@@ -148,7 +148,9 @@ def measure_alone(launch: str, words: list[str], seconds: float) -> dict[str, fl
 
 def main() -> None:
     parser = arguments(__doc__, repeats=3)
-    parser.add_argument("--only", nargs="+", choices=list(SWEEPS), default=list(SWEEPS))
+    parser.add_argument(
+        "--only", nargs="+", choices=list(SWEEPS), default=list(SWEEPS), help="sweeps"
+    )
     parser.add_argument("--seconds", type=float, default=15, help="of each measurement")
     options, rest = parser.parse_known_args()
     like_a_run()

@@ -58,6 +58,7 @@ GOALS = {  # of asyncrl's env steps/s
 MAX_PSS = {"ppo": 1000}  # MB
 SETTLE_SECONDS, START_SECONDS = 12.0, 300.0  # from the first update on; until it
 PSS_SECONDS = 4.0
+FAILURES = (RuntimeError, subprocess.TimeoutExpired, psutil.Error)  # of a system
 
 
 class Tree:
@@ -93,6 +94,12 @@ class Tree:
 def cpu_seconds(process: psutil.Process) -> float:
     times = process.cpu_times()
     return times.user + times.system
+
+
+def machine_seconds() -> float:
+    """CPU seconds of everything since the machine began, what others took from it included."""
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - times.iowait - times.guest - times.guest_nice
 
 
 def cost_of_waiting(tree: Tree, stopped: str, waiting: str, seconds: float = 4) -> float:
@@ -133,16 +140,20 @@ def whole_rounds(rows: list[dict], begin: float) -> list[dict]:
     return found
 
 
-def measure(name: str, program: Program, seconds: float, batch: int = 0) -> dict[str, float]:
+def measure(
+    name: str, program: Program, seconds: float, batch: int = 0, env_steps_an_update: float = 0
+) -> dict[str, float]:
     """One system from its start to the end of its measurement.
 
-    `batch`: transitions an update learns from, where those are to be counted.
+    batch: transitions an update learns from, where those are to be counted. env_steps_an_update:
+    where it is given, env steps/s are updates/s times this; what is counted otherwise comes in
+    unrolls, hundreds or a thousand at once, and updates one by one.
     """
     tree, samples = Tree(program.process.pid), []
     first_update = None
     try:
         while True:
-            samples.append((time.time(), tree.sample()))
+            samples.append((time.time(), tree.sample(), machine_seconds()))
             rows = program.rows()
             if first_update is None:
                 first_update = next((row["time"] for row in rows if row["updates"]), None)
@@ -158,17 +169,20 @@ def measure(name: str, program: Program, seconds: float, batch: int = 0) -> dict
             if program.process.poll() is not None:
                 raise RuntimeError(f"{name} has ended by itself")
             time.sleep(0.5)
-        times, cpu = zip(*samples, strict=True)
-        used = np.interp([begin["time"], end["time"]], times, cpu)
-        env_steps, wall = end["env_steps"] - begin["env_steps"], end["time"] - begin["time"]
-        updates = end["updates"] - begin["updates"]
+        times, *cpu = zip(*samples, strict=True)
+        own, all_of_it = (np.diff(np.interp([begin["time"], end["time"]], times, its))[0]
+                          for its in cpu)  # fmt: skip
+        wall, updates = end["time"] - begin["time"], end["updates"] - begin["updates"]
+        counted = end["env_steps"] - begin["env_steps"]
+        env_steps = updates * env_steps_an_update or counted
         result = {
             "env steps/s": env_steps / wall,
             "updates/s": updates / wall,
             **({"samples/s": updates * batch / wall} if batch else {}),
-            "env steps an update": env_steps / max(updates, 1),
-            "CPU s / 1000 env steps": 1e3 * (used[1] - used[0]) / env_steps,
-            "cores busy": (used[1] - used[0]) / wall,
+            "env steps an update": counted / max(updates, 1),
+            "CPU s / 1000 env steps": 1e3 * own / env_steps,
+            "cores busy": own / wall,
+            "cores busy with other work": (all_of_it - own) / wall,
             "peak PSS, MB": tree.peak_pss / 1e6,
         }
         if name == "asyncrl":
@@ -201,11 +215,16 @@ def peer_of(name: str) -> str:
 def main() -> None:
     parser = arguments(__doc__, repeats=5)
     parser.add_argument("--seconds", type=float, default=60, help="of each measurement")
-    parser.add_argument("--task", choices=list(TASKS), default="dqn")
-    parser.add_argument("--systems", nargs="+", help="default: all of the task")
+    parser.add_argument("--task", choices=list(TASKS), default="dqn", help="see above")
+    parser.add_argument("--systems", nargs="+", help="of those above; none: all of the task")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "asyncrl-benchmarks"
     for name in PEERS:
-        parser.add_argument(f"--{name}-venv", type=Path, default=cache / name)
+        parser.add_argument(
+            f"--{name}-venv",
+            type=Path,
+            default=cache / name,
+            help="where it is installed, or will be",
+        )
     options, rest = parser.parse_known_args()  # the rest are options of asyncrl
     task = TASKS[options.task]
     chosen = options.systems or ["asyncrl", *task.peers, "plain", "ideal"]
@@ -238,10 +257,9 @@ def main() -> None:
                         limits.append(limit)
                     else:
                         program = start(name, options.task, runs, repeat + 1, pythons, rest)
-                        result = measure(name, program, options.seconds, task.batch)
-                except RuntimeError as error:  # the others go on without it
-                    if name == "asyncrl":
-                        raise
+                        shape = task.batch, task.env_steps
+                        result = measure(name, program, options.seconds, *shape)
+                except FAILURES as error:  # the others go on without it
                     failed[name] = f"{name} is left out: {error}"
                     print(failed[name], file=sys.stderr)
                     continue
@@ -275,6 +293,7 @@ def main() -> None:
         for what, percent in waiting.items():
             report.goal(f"nobody spins: {what}", percent, at_most=2)
     report.finish()
+    sys.exit(failed.get("asyncrl", 0))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,12 @@ import pytest
 from tests.runs import EXACT, Run, last_checkpoint
 
 
+def pytest_configure(config):
+    for number in range(1, 31):
+        line = f"fault_{number:02d}: shows what becomes of that fault (docs/faults.md)"
+        config.addinivalue_line("markers", line)
+
+
 @pytest.fixture
 def start(tmp_path):
     """`start(run_id, launch_file, *options, ...)` begins a real run; none outlives its test."""

@@ -186,6 +186,8 @@ DAMAGE = {
 }
 
 
+@pytest.mark.fault_15
+@pytest.mark.fault_16
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_makes_the_one_before_be_used_and_is_named(tmp_path, name, damage):
@@ -207,6 +209,7 @@ def test_a_damaged_best_is_none_and_said_once(tmp_path):
     assert checkpoints.best() is None and len(checkpoints.rejected) == 1
 
 
+@pytest.mark.fault_15
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_file_makes_the_one_before_be_used(tmp_path, name):
     checkpoints = Checkpoints(tmp_path)
@@ -282,6 +285,7 @@ SAVES = {
 }
 
 
+@pytest.mark.fault_14
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork: the child only touches files
 @pytest.mark.parametrize("action", SAVES)
 def test_a_crash_at_any_system_call_leaves_a_valid_checkpoint_and_best(tmp_path, action):
@@ -534,6 +538,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.fault_19
 @pytest.mark.parametrize("attack", HOSTILE)
 def test_a_hostile_checkpoint_is_refused_in_words(tmp_path, attack):
     checkpoints = Checkpoints(tmp_path)

@@ -152,6 +152,7 @@ def test_options_that_cannot_work(in_this_process, runs, launch_file, capfd, opt
     assert not runs.exists()
 
 
+@pytest.mark.fault_23
 def test_memory_is_refused_with_the_arithmetic(in_this_process, runs, launch_file, capfd):
     message = refusal(
         capfd, "train", launch_file, "x", "--algorithm.replay.capacity", "1" + "0" * 12
@@ -406,6 +407,7 @@ def test_a_launch_file_that_was_moved_imports_from_its_new_place(
         assert run.launch["file"] == str(tmp_path / "old" / "own.py")
 
 
+@pytest.mark.fault_20
 def test_a_resume_with_another_configuration(in_this_process, runs, launch_file, capfd):
     with RunFolder(runs / "x") as run:
         run.begin(run.prepare(launch_file, ["--seed", "3"]))

@@ -36,6 +36,7 @@ def group(folder: Path, version: int, limit: object, used: int, cache: int = 0) 
         write(folder, memory__stat=f"cache 1\ninactive_file 7\ntotal_inactive_file {cache}")
 
 
+@pytest.mark.fault_23
 def test_memory_of_containers(tmp_path):
     own = "0::/system.slice/job.service\n"
     assert limits.container_memory(tmp_path, own) is None
@@ -50,6 +51,7 @@ def test_memory_of_containers(tmp_path):
     assert limits.container_memory(tmp_path, "0::/docker/of/the/host\n") == 1_000
 
 
+@pytest.mark.fault_23
 def test_memory_of_containers_version_1(tmp_path):
     own = "12:memory:/docker/abc\n4:cpu,cpuacct:/docker/abc\n0::/\n"
     group(tmp_path / "memory", 1, 9223372036854771712, 5)  # no limit, as version 1 says it
@@ -143,6 +145,7 @@ def test_processes_of_single_environments_are_counted_with_the_evaluators():
         assert len(found) == bool(expected) and all(name.startswith(expected) for name in found)
 
 
+@pytest.mark.fault_23
 def test_memory_verdicts(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "container_memory", lambda: None)
     for available, verdict in ((10**10, "ok"), (1_050_000_000, "warning"), (10**8, "refused")):

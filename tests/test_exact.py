@@ -34,7 +34,8 @@ def test_another_seed_differs(uninterrupted, tmp_path):
     assert not np.array_equal(last_checkpoint(folder)[0][weights], uninterrupted[0][weights])
 
 
-@pytest.mark.parametrize("what", ["actor 1", "learner 0", "SIGTERM"])  # tree: fault 21
+@pytest.mark.fault_21
+@pytest.mark.parametrize("what", ["actor 1", "learner 0", "SIGTERM", "tree"])
 def test_killed_and_resumed_equals_uninterrupted(what, uninterrupted, start):
     """Whatever is killed, the run goes back to its last periodic checkpoint and gets there."""
     run = start("killed", EXACT)

@@ -113,6 +113,7 @@ def produce(lane: int, actor_bell: int, learner_bell: int) -> None:
         theirs.ring()
 
 
+@pytest.mark.fault_06
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_killed_producer_loses_repeats_and_tears_nothing():
     """Producers, each killed at a random moment, one after another on the same lane."""

@@ -56,6 +56,7 @@ def publish_for_ever(fd: int) -> None:
         publish(writer)
 
 
+@pytest.mark.fault_26
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_versions_are_whole_and_growing_while_writers_write_and_die():
     """12 writers, one after another, each killed at a random moment of publishing at full speed."""

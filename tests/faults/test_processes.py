@@ -3,15 +3,6 @@
 from __future__ import annotations
 
 from tests.faults import processes
-from tests.test_ring import test_a_killed_producer_loses_repeats_and_tears_nothing
-from tests.test_weights import test_versions_are_whole_and_growing_while_writers_write_and_die
-
-test_fault_06_killed_inside_the_slot_write = test_a_killed_producer_loses_repeats_and_tears_nothing
-test_fault_26_writers_die_while_they_publish = (
-    test_versions_are_whole_and_growing_while_writers_write_and_die
-)
-del test_a_killed_producer_loses_repeats_and_tears_nothing
-del test_versions_are_whole_and_growing_while_writers_write_and_die
 
 
 def test_fault_01_actor_killed_mid_unroll(lab):
