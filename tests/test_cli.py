@@ -424,6 +424,34 @@ def test_a_resume_with_another_configuration(in_this_process, runs, launch_file,
         assert f"expected {runs / 'x' / name} as the run wrote it, got" in message
 
 
+MAY_CHANGE = """total-env-steps 99; learner.device cpu; learner.num-threads 1; learner.save-replay False
+learner.checkpoint-seconds 9.0; evaluation.period-steps 7; evaluation.num-episodes 3; actor.nice 7
+actor.num-threads 2; actor.device cpu; env.num-threads 2"""
+
+
+@pytest.mark.parametrize("change", MAY_CHANGE.replace("\n", "; ").split("; "))
+def test_a_resume_with_what_may_change(in_this_process, runs, launch_file, change):
+    begin(runs, launch_file)
+    name, value = change.split()
+    with RunFolder(runs / "x") as run:
+        plan = run.prepare(launch_file, [f"--{name}", value])
+        run.begin(plan)
+    found = json.loads((runs / "x" / "config.json").read_text())["config"]
+    for part in name.replace("-", "_").split("."):
+        found = found[part]
+    assert str(found) == value
+
+
+@pytest.mark.parametrize("change", ["num-actors 2", "envs-per-lane 3", "unroll-length 5"])
+def test_a_resume_with_what_may_not_change(in_this_process, runs, launch_file, capfd, change):
+    files = begin(runs, launch_file)
+    name, value = change.split()
+    message = refusal(capfd, "train", launch_file, "x", f"--actor.{name}", value)
+    assert f"actor.{name.replace('-', '_')}: " in message and f"-> {value}" in message
+    changed = [path.name for path, content in files.items() if path.read_bytes() != content]
+    assert set(changed) <= {"lock"}  # which says since when
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """By somebody else."""

@@ -108,3 +108,18 @@ def test_serial_equals_lockstep_killed_and_resumed(name, start, tmp_path):
     assert status == 0, output
     assert run.count("learner", "resumed at")
     assert_equal(last_checkpoint(run.folder), last_checkpoint(serial))
+
+
+def test_a_replay_that_is_not_saved_fills_anew(start):
+    """`--learner.save-replay False`: nothing of it on the disk, all else goes on."""
+    first = start("short", EXACT, "--learner.save-replay", "False", "--total-env-steps", "2000")
+    assert first.finish()[0] == 0
+    assert not list((first.folder / "replay").glob("*")) and first.num_saved()
+    before = first.metrics()
+    again = start("short", EXACT, "--total-env-steps", "4000")
+    status, output = again.finish()
+    assert status == 0, output
+    rows = again.metrics()[len(before) :]
+    assert rows[-1]["env_steps"] >= 4000 and rows[-1]["updates"] > before[-1]["updates"]
+    assert rows[0]["replay/fill"] < 0.9 < min(before[-1]["replay/fill"], rows[-1]["replay/fill"])
+    assert not list((again.folder / "replay").glob("*"))
