@@ -209,9 +209,14 @@ def time_actor(config) -> tuple[Cost, list[bytearray]]:
     return cost, unrolls
 
 
-def time_learner(config, unrolls: list[bytearray], num_threads: int) -> Cost:
-    """What the learner costs alone: taking unrolls in, and the updates they allow."""
+def time_learner(
+    config, unrolls: list[bytearray], num_threads: int, publishes: bool = True
+) -> Cost:
+    """What the learner costs alone: taking unrolls in, the updates they allow, and weights that
+    leave it for main memory as often as it publishes them."""
     import torch
+
+    from asyncrl.transfer import to_host
 
     spec, model = wire(config)
     device = config.learner.resolved_device()
@@ -234,6 +239,7 @@ def time_learner(config, unrolls: list[bytearray], num_threads: int) -> Cost:
     def learn(seconds: float) -> tuple[Clock, Clock]:
         """Time of a round of inserts and time of an update, which take turns."""
         begun, before, count, taking = clock(), rounds, 0, Clock(0.0, 0.0)
+        published = algorithm.updates
         while count < 2 or clock().wall - begun.wall < seconds:
             at = clock()
             while not store.updates_allowed() or rounds == before:
@@ -241,6 +247,10 @@ def time_learner(config, unrolls: list[bytearray], num_threads: int) -> Cost:
             taking = taking.plus(clock().since(at))
             algorithm.update(store)
             count += 1
+            if publishes and algorithm.updates - published >= config.learner.publish_period:
+                published = algorithm.updates
+                for weights in to_host(model.state_dict()).values():
+                    weights.copy()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         updating = clock().since(begun).since(taking)

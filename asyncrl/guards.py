@@ -129,8 +129,8 @@ class UpdateGuard:
         """Diverged if one of the model's state dict is not finite any more. One wait for the
         device."""
         with torch.no_grad():
-            sums = [_sum(weights[name]).isfinite() for name in self._finite]
-        finite = torch.stack(sums).tolist() if sums else []
+            sums = [_sum(weights[name]) for name in self._finite]
+            finite = torch.stack(sums).isfinite().tolist() if sums else []
         if not all(finite):
             name = self._finite[finite.index(False)]
             raise Diverged(

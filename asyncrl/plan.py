@@ -117,7 +117,9 @@ def prepare(launch_file: Path, options: list[str], original: Path) -> Plan:
 
 
 def _check_machine(config) -> None:
-    """ValueError for threads or a compiler that there are not."""
+    """ValueError for threads, GPUs or a compiler that there are not."""
+    import torch
+
     from asyncrl.learner_config import check_compiler
 
     for name in ("learner", "actor", "env"):
@@ -125,6 +127,13 @@ def _check_machine(config) -> None:
             raise ValueError(
                 f"expected {name}.num_threads of at most {MAX_THREADS:,}, got {threads:,}; more "
                 "than there are processors only wait for each other"
+            )
+    for name in (config.learner.device, config.actor.device):  # before one is begun to be used
+        known = name.startswith("cuda") and torch.device(name)
+        if known and (known.index or 0) >= (there := torch.cuda.device_count()):
+            raise ValueError(
+                f"expected a device that torch can use here, got {name!r}: there are {there} GPUs; "
+                "use cpu or auto"
             )
     if config.learner.compile:
         check_compiler()

@@ -19,7 +19,8 @@ def staged(source: np.ndarray | Tensor, device: torch.device) -> Tensor:
     tensor = torch.as_tensor(source)
     if device.type == "cuda" and tensor.device.type == "cpu":
         with contextlib.suppress(RuntimeError):  # no more may be locked: CUDA then copies at once
-            return tensor.pin_memory()
+            locked = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            return locked.copy_(tensor)  # dense, as what is not takes a copy more, of another kind
     return tensor
 
 

@@ -82,7 +82,7 @@ def main() -> None:
     acting = Cost(stepping.wall + inference.wall, stepping.cpu + inference.cpu)
     found = []
     for threads in halves(cores):
-        learning = time_learner(config, unrolls, threads)
+        learning = time_learner(config, unrolls, threads, publishes=False)
         found.append((forecast(cores, acting, learning, processor_share()), learning))
     (rate, bottleneck), learning = max(found, key=lambda pair: pair[0].rate)
     parts = {"stepping": stepping, "the net": inference, "learning": learning}

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from asyncrl import folder as run_folder
 from asyncrl import plan as run_plan
+from asyncrl import template
 from asyncrl.children import CHILD_ENVIRONMENT
 from asyncrl.preflight import preflight
 from asyncrl.run import Process, run_serial
@@ -24,7 +25,7 @@ from asyncrl.supervisor import Supervisor
 from asyncrl.transport.shared_memory import die_with_parent
 
 # Modules that a run imports only when it needs them, and pytest, which a child imports as well.
-PRELOADED = ["asyncrl.learner", "asyncrl.example_envs", "ale_py", "torch._dynamo", "pytest",
+PRELOADED = ["asyncrl.learner", "asyncrl.example_envs", "ale_py", "pytest", *template.PRELOADED,
              "tensorboard.summary.writer.record_writer", __name__]  # fmt: skip
 
 

@@ -140,7 +140,14 @@ REFUSED_OPTIONS = [
     ("--algorithm.rollout.max-lag 3", "--algorithm.rollout.max-lag"),
     ("--algorithm.replay.capacity 1000000000000", "GB replay"),
     ("--actor.num-threads 1000000", "expected actor.num_threads of at most 1,000, got 1,000,000"),
-    ("--actor.num-actors 200 --actor.envs-per-lane 1", "GB 201 processes of about 300 MB"),
+    (
+        "--actor.num-actors 2000 --actor.envs-per-lane 1 --algorithm.replay.capacity 50000",
+        "GB 2001 processes of about 300 MB",
+    ),
+    (
+        "--actor.num-actors auto --learner.device cuda:99",
+        "expected a device that torch can use here, got 'cuda:99': there are",
+    ),
 ]
 
 
@@ -424,9 +431,9 @@ def test_a_resume_with_another_configuration(in_this_process, runs, launch_file,
         assert f"expected {runs / 'x' / name} as the run wrote it, got" in message
 
 
-MAY_CHANGE = """total-env-steps 99; learner.device cpu; learner.num-threads 1; learner.save-replay False
-learner.checkpoint-seconds 9.0; evaluation.period-steps 7; evaluation.num-episodes 3; actor.nice 7
-actor.num-threads 2; actor.device cpu; env.num-threads 2"""
+MAY_CHANGE = """total-env-steps 99; learner.device cpu; learner.num-threads 1
+learner.save-replay False; learner.checkpoint-seconds 9.0; evaluation.period-steps 7
+evaluation.num-episodes 3; actor.nice 7; actor.num-threads 2; actor.device cpu; env.num-threads 2"""
 
 
 @pytest.mark.parametrize("change", MAY_CHANGE.replace("\n", "; ").split("; "))

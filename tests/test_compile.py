@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sysconfig
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,10 @@ from tests.test_dqn import CONFIG, Store, Table, make_sample
 from tests.test_on_policy import ALGORITHMS, Box, Given, network
 
 pytestmark = pytest.mark.timeout(300)  # compiling takes a while
-needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+HEADER = Path(sysconfig.get_path("include"), "Python.h")
+needs_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") and HEADER.exists()), reason="no C++ compiler or no Python.h"
+)
 
 
 @pytest.fixture(autouse=True)

@@ -252,7 +252,7 @@ def test_the_best_by_evaluation_is_kept_and_plays_the_same_games_again(start):
         assert best["eval/return"] == pytest.approx(max(returns), abs=0.005)
         first = found[int(np.argmax(returns))]
         assert best["eval/env_steps"] == int(first.fields["env_steps"])
-    same = ["--seed", "1", "--episodes", "10", "--epsilon", "0"]
+    same = ["--seed", "1", "--episodes", "10", "--epsilon", "0", "--device", "cpu"]
     assert cli.main(["eval", str(run.folder), "--checkpoint", "best", *same]) == 0
     line = (run.folder / "evaluations.jsonl").read_text().splitlines()[-1]
     assert json.loads(line)["eval/return"] == pytest.approx(best["eval/return"])

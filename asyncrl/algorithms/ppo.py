@@ -23,6 +23,7 @@ from asyncrl.models.precision import Precision, computes_in_bfloat16
 from asyncrl.policies import Sample
 from asyncrl.schedules import value_at
 from asyncrl.stores.rollout import RolloutConfig, RolloutQueue, Sequences, Steps
+from asyncrl.transfer import staged
 from asyncrl.types import Spec, tree_map
 
 
@@ -242,7 +243,7 @@ class PPO:
     ) -> Iterator[tuple[Tensor, ...]]:
         """(index (size,), its part of each column (T, size)) of all passes, shuffled in each."""
         for _ in range(self.config.epochs):
-            order = torch.randperm(pieces, generator=self.generator)
+            order = staged(torch.randperm(pieces, generator=self.generator), self.device)
             order = order.to(self.device, non_blocking=True)
             shuffled = [column[:, order].split(size, 1) for column in columns]
             yield from zip(order.split(size), *shuffled, strict=True)

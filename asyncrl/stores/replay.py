@@ -264,13 +264,13 @@ class Replay:
             next_obs, next_first, next_state, weight, index,
         )  # fmt: skip
 
-    def _stack(self, lane: Any, row: Tensor, env: Tensor) -> list[Tensor]:
-        """The rows of the k frames that a model sees at a row, oldest first."""
-        rows = [row]
-        for _ in range(self.frame_stack - 1):
-            opens = self.first[self.circle.flat(lane, rows[-1]), env]
-            rows.append(torch.where(opens, rows[-1], rows[-1] - 1))
-        return rows[::-1]
+    def _stack(self, lane: Any, row: Tensor, env: Tensor) -> Tensor:
+        """The rows (k, *row) of the k frames that a model sees at a row, oldest first."""
+        back = torch.arange(self.frame_stack - 1, device=self.device)
+        before = row - back.view(-1, *[1] * row.ndim)
+        goes_on = ~self.first[self.circle.flat(lane, before), env]
+        steps = goes_on.long().cumprod(0).cumsum(0)  # back to each, none past where one opens
+        return torch.cat([(row - steps).flip(0), row.unsqueeze(0)])
 
     def observe(self, lane: Tensor, row: Tensor, env: Tensor) -> tuple[Tree, Tensor, dict]:
         """The observation at a row as a model wants it: (1, N, ...), first, the frames before."""
@@ -278,8 +278,7 @@ class Replay:
         first = self.first[at, env].unsqueeze(0)
         if self.frame_stack == 1:
             return tree_map(lambda column: column[at, env].unsqueeze(0), self.obs), first, {}
-        rows = [self.circle.flat(lane, row) for row in self._stack(lane, row, env)]
-        at = torch.stack(rows, dim=1)  # (N, k), oldest first
+        at = self.circle.flat(lane, self._stack(lane, row, env)).T  # (N, k), oldest first
         # One look-up for the whole stack; index_select over (row, env) pairs is the fast path.
         frames = self.obs.flatten(0, 1)
         stack = frames.index_select(0, (at * self.spec.num_envs + env.unsqueeze(1)).flatten())
