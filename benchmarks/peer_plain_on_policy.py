@@ -44,7 +44,7 @@ class Shape(NamedTuple):
 
 TASKS = {
     "a2c": Shape(16, 5, 1, 1, 7e-4),
-    "ppo": Shape(8, 128, 4, 4, 2.5e-4, clip=0.1),
+    "ppo": Shape(32, 32, 4, 4, 2.5e-4, clip=0.1),
     "impala": Shape(32, 20, 1, 1, 5e-4, lambda_=1.0),
     "cartpole_ppo": Shape(8, 32, 10, 4, 1e-3, 0.98, 0.8, clip=0.2, entropy=0.0),
 }

@@ -3,23 +3,24 @@
     python benchmarks/throughput.py --task dqn
     python benchmarks/throughput.py --task ppo --systems asyncrl sf plain
 
-One arithmetic for all: the same net, batch, epochs and number of environments (but that SB3's DQN,
-`sb3`, has one, as usual), float32 unless asyncrl and the plain loop find hardware for bfloat16. All
-but the last are Breakout with the Nature net.
+One arithmetic for all: the same net, batch and epochs, float32 unless asyncrl and the plain loop
+find hardware for bfloat16. All but the last are Breakout with the Nature net.
 
 dqn           one vanilla update with a batch of 32 every 4 env steps, replay of 100,000
 a2c           rollouts of 16 x 5 steps
-ppo           rollouts of 8 x 128 steps, 4 epochs of 4 minibatches
+ppo           rollouts of 32 x 32 steps, 4 epochs of 4 minibatches
 impala        rollouts of 32 x 20 steps, one pass; V-trace in asyncrl and RLlib
 cartpole_ppo  rollouts of 8 x 32 steps, 10 epochs of 4 minibatches, two nets of 64 x 64: overhead
 
 Peers are `sb3`, Stable-Baselines3, `sf`, Sample Factory's asynchronous PPO, and `rllib`, RLlib's
-IMPALA, each with its own environments and wrappers, as it is usually run; `sb3-16` has 16
-environments in DQN too, and `-tuned` ones get the environment variables by which asyncrl tunes
-memory and threads, as a user who knows of them might set them. `plain` is a synchronous loop of
-ours in one process with as many environments; `ideal` is no system, but what env steps, asyncrl's
-net and its updates come to, timed alone on these cores and overlapped perfectly. They take turns,
-another one first in each repeat. Measured is from some seconds after the first update on. An env
+IMPALA, each with its own environments and wrappers. They have as many environments as asyncrl, but
+in DQN one and in Breakout's PPO eight, as they are usually run: there `sb3-16`, `sb3-32` and
+`sf-32` have as many. `-tuned` ones get the environment variables by which asyncrl tunes memory and
+threads, as a user who knows of them might set them. `plain` is a synchronous loop of ours in one
+process with as many environments; `ideal` is no system, but what env steps, asyncrl's net and its
+updates come to, timed alone on these cores and overlapped perfectly. They take turns, another one
+first in each repeat. Measured is from some seconds after the first update on, by updates: env steps
+are counted by the unroll or rollout, and there is one update for a fixed number of them. An env
 step is a decision of the agent, four frames of Atari; samples are transitions learned from, once
 for each time. The best peer is the one with the best median; the plain loop does not count as one.
 

@@ -36,19 +36,19 @@ config = Config(
 )
 
 # For weak machines: a fifth of the env steps, annealed over them. The learner has most of the time
-# of two cores, so actors give it their values, and a row of eight costs less than two of four.
+# of two cores, so actors give it their values, and 32 environments are evaluated at once for a
+# quarter of the steps each: rollouts and minibatches stay what they are.
 home = replace(
     config,
     algorithm=replace(
         config.algorithm, learning_rate=Linear(2.5e-4, 0.0, 2_000_000), values_by="actor"
     ),
-    actor=replace(config.actor, lanes_per_actor=1, envs_per_lane=8),
+    actor=ActorConfig(lanes_per_actor=1, envs_per_lane=32, unroll_length=32),
     total_env_steps=2_000_000,
 )
 
-# For a GPU and 8 to 16 cores, all of which act: four times the environments for a quarter of the
-# steps each, so that rollouts and minibatches stay what they are. Never run on a GPU; on two cores
-# it was ahead of `home` in the middle of its one run, and behind at the end (docs/results).
+# For a GPU and 8 to 16 cores, all of which act: rollouts as of `home`, by eight actors. Never run
+# on a GPU.
 gpu = replace(
     config,
     algorithm=replace(config.algorithm, values_by="actor"),

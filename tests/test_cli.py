@@ -669,7 +669,7 @@ def test_missing_and_wrong_arguments_show_the_usage(capfd, arguments, expected):
     assert message.startswith("usage: asyncrl") and expected in message
 
 
-@pytest.mark.parametrize("command", ["", "train", "eval", "plot", "watch"])
+@pytest.mark.parametrize("command", ["", "train", "eval", "plot", "watch", "doctor", "bench"])
 def test_help(capsys, command):
     try:
         status = cli.main([*command.split(), "--help"])

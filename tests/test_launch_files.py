@@ -79,10 +79,12 @@ def test_it_goes_on_on_another_device(name, devices, tmp_path):
 
 @pytest.mark.parametrize("launch_file", LAUNCH_FILES, ids=lambda path: path.stem)
 def test_launch_file_says_what_to_expect(launch_file: Path):
-    """Its header names command, hardware, time and score, or says that no run was made yet."""
+    """Its header names command, hardware and score, or says that no run was made yet."""
     header = launch_file.read_text().split('"""')[1]
     for word in ("./run_main.sh", "Hardware:", "Score:"):
         assert word in header
+    score = header.partition("Score:")[2]
+    assert re.search(r"\d{2}|\d\.\d|no run of the full length", score)
 
 
 def test_the_launch_file_of_the_readme(start, tmp_path):
