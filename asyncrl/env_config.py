@@ -17,8 +17,9 @@ _FIXED = dict(stack_num=1, reward_clipping=False, episodic_life=False)
 _ALWAYS = ("reward_clipping", "episodic_life")  # of these, without a protocol too
 _FRAMES = dict(frameskip=4, maxpool=True, grayscale=True, img_height=84, img_width=84)
 _ATARI = _FIXED | _FRAMES | dict(max_num_frames_per_episode=108_000)
-# classic: Mnih et al. 2015 as in Baselines. ALE presses FIRE at a reset only, not after a lost
-# life, so a greedy policy that never fires stands still until max_idle_steps ends the game.
+# classic: Mnih et al. 2015 as in Baselines, but for resets: Baselines makes 1 to 30 no-ops and then
+# FIRE, ALE 0 to 29, or FIRE and 0 to 28. It does not fire after a lost life, so a greedy policy
+# that never fires stands still until max_idle_steps ends the game.
 _CLASSIC = dict(
     repeat_action_probability=0.0, full_action_space=False, life_loss_info=True, noop_max=30
 )

@@ -207,10 +207,13 @@ def protocol_words(env: EnvConfig) -> str:
         sticky = f", sticky actions {env.kwargs.get('repeat_action_probability', 0.25):g}"
         return f"none: the environment's own rules{sticky if env.is_ale else ''}"
     rules = env.kwargs | env.atari
+    starts = f"0 to {max(rules['noop_max'] - 1, 0)} no-ops at a start"  # as ALE draws them
+    if rules["use_fire_reset"]:
+        starts += ", FIRE instead of the first where there is one"
     words = [
         f"sticky actions {rules['repeat_action_probability']:g}",
         "all 18 actions" if rules["full_action_space"] else "minimal actions",
-        f"0 to {rules['noop_max']} no-ops" + " and FIRE" * rules["use_fire_reset"] + " at a start",
+        starts,
         f"{rules['frameskip']} frames a step",
         f"at most {rules['max_num_frames_per_episode']:,} frames a game",
     ]

@@ -22,7 +22,8 @@ updates come to, timed alone on these cores and overlapped perfectly. They take 
 first in each repeat. Measured is from some seconds after the first update on, by updates: env steps
 are counted by the unroll or rollout, and there is one update for a fixed number of them. An env
 step is a decision of the agent, four frames of Atari; samples are transitions learned from, once
-for each time. The best peer is the one with the best median; the plain loop does not count as one.
+for each time. The best peer is the one with the best median, of those that are as they are
+installed.
 
 Each peer gets a virtual environment of its own, made at the first use (torch and ALE of the same
 version as here).
@@ -197,7 +198,7 @@ def measure(
 def add_ratios(rows: dict[str, dict]) -> str:
     """Columns of env steps/s relative to others in the same repeat; returns the best peer."""
     rates = {name: row["env steps/s"] for name, row in rows.items()}
-    peers = [name for name in rates if peer_of(name) in PEERS]
+    peers = [name for name in rates if peer_of(name) in PEERS and "tuned" not in name]
     best = max(peers, key=lambda name: median(rates[name]), default="")
     others = {name: name for name in rates if name != "asyncrl"} | {"best peer": best}
     for what, other in others.items():

@@ -6,7 +6,9 @@ A wide residual torso with spectral norm and max-pooling, IQN, Munchausen, dueli
 prioritised, noisy; a batch of 256 every 64 env steps. Numbers of Clark et al. 2024, who took half
 a day for as many env steps on one desktop GPU. They play with sticky actions and let no lost life
 end a return. They switch epsilon off after half of the run; here its floor of 0.01 stays. They
-draw the noise of an actor at each step; here it is drawn for each unroll.
+draw the noise of an actor at each step; here it is drawn for each unroll. Their priorities are
+means of absolute errors; here they are the loss. Their Munchausen takes its policy from the online
+net; here, as in its paper, from the target net.
 
 Hardware: one GPU and 8 or more cores, 12 GB of memory, 13 of disk.
 Profile home: 2 cores, 4 GB, no GPU.

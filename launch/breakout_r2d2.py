@@ -7,8 +7,9 @@ epsilons (Kapturowski et al. 2019). For more updates on one machine, sequences a
 there, 20 steps of burn-in and 40 learned from, batches are of 32 (there 64), and the target net is
 copied every 500 updates (2,500). Also, errors are Huber's (squared), lost lives end returns (games
 alone), the replay holds a million env steps (4), and the LSTM is not told the last action and
-reward. The target net refreshes the states. R2D2 sums its loss over a sequence's steps. Here it is
-the mean of 40, so its usual epsilon of Adam, 1e-3, and clipped norm, 40, are divided by 40.
+reward. The target net refreshes the states. New sequences have the largest priority so far, not
+one that actors work out. R2D2 sums its loss over a sequence's steps. Here it is the mean of 40, so
+its usual epsilon of Adam, 1e-3, and clipped norm, 40, are divided by 40.
 
 Hardware: one GPU and 8 or more cores, 12 GB of memory, 11 of disk.
 Profile home: 2 cores, 4 GB, no GPU.

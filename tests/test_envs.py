@@ -646,6 +646,15 @@ def test_close_twice_and_in_the_middle_of_a_step(make):
         group.close()
 
 
+def test_what_ale_plays_before_the_first_observation():
+    """As `eval` says it: up to 29 no-ops, the first of which is FIRE in Breakout."""
+    config = EnvConfig("ALE/Breakout-v5", protocol="classic", num_threads=1).resolved()
+    envs = gym.make_vec(config.id, 8, "vector_entry_point", **config.atari, num_threads=1)
+    frames = [envs.reset(seed=seed * 100)[1]["episode_frame_number"] for seed in range(30)]
+    envs.close()
+    assert np.min(frames) == 1 and np.max(frames) == 29
+
+
 def test_a_wrapped_atari_vector_env_keeps_its_lives(make):
     """A user's own Atari: known by the env inside, though it can only step()."""
 

@@ -337,7 +337,7 @@ def test_the_table_says_what_its_numbers_are():
     assert rows["median"] == "10, from 0 to 20"
     assert rows["per life"] == "6.00; 2 x per life = 12.00"  # a game that was cut had fewer lives
     assert rows["length"] == "150 env steps, from 50 to 300; 1 of 3 games were cut off"
-    assert rows["protocol"].startswith("classic: sticky actions 0; minimal actions; 0 to 30 no-ops")
+    assert rows["protocol"].startswith("classic: sticky actions 0; minimal actions; 0 to 29 no-ops")
     single = [Game(10.0, 100, (10.0,)), Game(20.0, 300, (20.0,))]
     assert "per life" not in dict(table(single, EnvConfig("CartPole-v1").resolved()))
     machado = protocol_words(EnvConfig("ALE/Pong-v5", protocol="machado").resolved())

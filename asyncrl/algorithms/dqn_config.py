@@ -37,7 +37,8 @@ class DQNConfig:
     """Choose the next action by the online net, value it by the target net. Munchausen chooses
     none."""
     huber: bool = True
-    """Linear loss for TD errors above 1; else squared (none) or linear everywhere (qr, iqn)."""
+    """Linear loss for TD errors above 1, half their square below; else squared, with gradients
+    twice as large (none), or linear everywhere (qr, iqn)."""
     reward_scale: float = 1.0
     """What rewards are multiplied by before they are clipped; reported returns are as they were."""
     reward_clip: float = 1.0

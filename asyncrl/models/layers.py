@@ -76,7 +76,8 @@ class NoisyLinear(nn.Linear):
 
     weight + weight_sigma * outer(noise_out, noise_in), bias + bias_sigma * noise_out. The noise is
     a buffer that only `redraw` changes: the learner redraws it before each update, an actor before
-    each unroll.
+    each unroll. Means begin as those of the layer's other kind, 0.01 in a last layer, not as in the
+    paper, within 1 / root of the inputs: noise is all there is to begin with.
     """
 
     def __init__(self, inputs: int, outputs: int, sigma: float = 0.5):
