@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -129,8 +130,8 @@ def _check_machine(config) -> None:
                 "than there are processors only wait for each other"
             )
     for name in (config.learner.device, config.actor.device):  # before one is begun to be used
-        known = name.startswith("cuda") and torch.device(name)
-        if known and (known.index or 0) >= (there := torch.cuda.device_count()):
+        gpu = re.fullmatch(r"cuda(?::(\d+))?", name)
+        if gpu and int(gpu[1] or 0) >= (there := torch.cuda.device_count()):
             raise ValueError(
                 f"expected a device that torch can use here, got {name!r}: there are {there} GPUs; "
                 "use cpu or auto"

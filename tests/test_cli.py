@@ -144,6 +144,7 @@ REFUSED_OPTIONS = [
         "--actor.num-actors 2000 --actor.envs-per-lane 1 --algorithm.replay.capacity 50000",
         "GB 2001 processes of about 300 MB",
     ),
+    ("--learner.device cuda:x", "expected a device that torch can use here, got 'cuda:x': "),
     (
         "--actor.num-actors auto --learner.device cuda:99",
         "expected a device that torch can use here, got 'cuda:99': there are",
