@@ -72,7 +72,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--episodes", type=int, default=100, help="greedy games that judge a seed")
     parser.add_argument("--goal", type=float, default=475.0, help="mean return to reach")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/family"))
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/benchmarks/family"),
+        help="folder of the runs and figures",
+    )
     options, rest = parser.parse_known_args()
     options.folder = options.output.absolute()
     options.output = options.folder / "results.json"
