@@ -1,4 +1,4 @@
-"""The command line: train, eval, plot, watch, doctor, bench."""
+"""The command line: train, eval, serve, plot, watch, doctor, bench."""
 
 from __future__ import annotations
 
@@ -120,6 +120,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--render-mode", "watch one environment in a window", choices=["human"])
     add("--device", "cpu, cuda, cuda:1 ...", "auto", metavar="D")
 
+    serve = command(
+        "serve", _serve, "let other programs ask what to do: a server of a run's policy",
+        description="Answer POST /act with the best action for an observation, by a checkpoint of "
+        'a run: {"obs": ..., "first": true, "game": "a"} -> {"action": ...}. GET / tells the '
+        "spaces. Who can reach the address may ask; there are no passwords.",
+    )  # fmt: skip
+    serve.add_argument("run", metavar="RUN", help="id or folder of a run")
+    words = "best: by evaluations beside training (default: newest)"
+    serve.add_argument("--checkpoint", default="newest", choices=CHECKPOINTS, help=words)
+    words = "address to answer at (default: 127.0.0.1, this machine only)"
+    serve.add_argument("--host", default="127.0.0.1", metavar="H", help=words)
+    words = "0: one that is free (default: 8000)"
+    serve.add_argument("--port", type=_natural, default=8000, metavar="N", help=words)
+    words = "cpu, cuda, cuda:1 ... (default: auto)"
+    serve.add_argument("--device", default="auto", metavar="D", help=words)
+
     plot = command("plot", _plot, "draw the curves of runs")
     plot.add_argument("runs", nargs="+", metavar="RUN", help="ids or folders of runs")
     plot.add_argument(
@@ -238,6 +254,17 @@ def _eval(options, rest: list[str]) -> int:
     folder = find_run(options.run)  # before PyTorch is loaded, which takes seconds
     from asyncrl.eval import main
     from asyncrl.folder import Refused
+
+    try:
+        return main(folder, options)
+    except Refused as error:
+        refuse(str(error))
+
+
+def _serve(options, rest: list[str]) -> int:
+    folder = find_run(options.run)
+    from asyncrl.folder import Refused
+    from asyncrl.serve import main
 
     try:
         return main(folder, options)

@@ -19,11 +19,12 @@ def environments_with(wrong: np.ndarray) -> np.ndarray:
 class Actions:
     """How policies see an action space, and their actions made into those of the environments.
 
-    Policies see discrete actions in one row and from 0 on, whatever their shape, start and dtype.
+    Policies see discrete actions in one row and from 0 on, whatever their shape, start and dtype:
+    they have `space`, the environments `own`.
     """
 
     def __init__(self, own: spaces.Space, env_id: Any):
-        self._own, self._id = own, env_id
+        self.own, self._id = own, env_id
         self._start = np.ravel(own.start) if np.any(getattr(own, "start", 0)) else None
         self._low, self._high, self._slack = 0, 1, 0
         self._from_zero = not isinstance(own, spaces.Box)
@@ -65,7 +66,7 @@ class Actions:
         action = action.astype(self.space.dtype, casting="same_kind", copy=False)
         if self._start is not None:
             action = action + self._start
-        return action.reshape(-1, *self._own.shape).astype(self._own.dtype, copy=False)
+        return action.reshape(-1, *self.own.shape).astype(self.own.dtype, copy=False)
 
     def _expect(self, fine: np.ndarray, action: np.ndarray, expected: str) -> None:
         if not fine.all():

@@ -78,8 +78,8 @@ class EnvGroup:
             space = spaces.Box(space.low[0], space.high[0], dtype=space.dtype)
         check_observation_space(space, config)
         self.observation_space: spaces.Space = space
-        self._actions = Actions(env.single_action_space, config.id)
-        self.action_space = self._actions.space
+        self.actions = Actions(env.single_action_space, config.id)
+        self.action_space = self.actions.space
 
     def reset(self, seed: int) -> Any:
         """Start every game anew: obs[0], whose `first` is True everywhere."""
@@ -97,7 +97,7 @@ class EnvGroup:
         action, expected = np.asarray(action), (self.num_envs, *self.action_space.shape)
         if action.shape != expected:
             raise ValueError(f"actions: expected shape {expected}, got {action.shape}")
-        self._action = self._actions.for_env(action)
+        self._action = self.actions.for_env(action)
         if self._sends:
             self._env.send(self._action)
         elif self._is_async:

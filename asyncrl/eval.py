@@ -18,7 +18,7 @@ from torch import nn
 
 from asyncrl import video
 from asyncrl.checkpoint import Checkpoints
-from asyncrl.config import ConfigError, resolve
+from asyncrl.config import Config, ConfigError, resolve
 from asyncrl.disk import CheckpointError
 from asyncrl.env_config import EnvConfig
 from asyncrl.env_group import EnvDataError, Step
@@ -39,7 +39,7 @@ def main(folder: Path, options) -> int:
     watchers, recorder = [], None
     try:
         weights = read_weights(folder, options.checkpoint)
-        config = _config_of(folder)
+        config = config_of(folder)
         seed = config.seed + 1000 if options.seed is None else options.seed
         if options.video:
             recorder = video.Recorder(config.env, num_envs, seed)
@@ -54,7 +54,7 @@ def main(folder: Path, options) -> int:
             envs = video.make_visible(config.env, 1, options.render_mode)
         model = config.model(envs.observation_space, envs.action_space)
         load_weights(model, weights)
-        model.to(_device(options.device)).eval().requires_grad_(False)
+        model.to(device_for(options.device)).eval().requires_grad_(False)
     except (CheckpointError, ConfigError, EnvDataError, ImportError, ValueError) as error:
         raise Refused(str(error)) from error
     for refused in weights.refused:
@@ -103,8 +103,8 @@ def _film(recorder: video.Recorder, per_env: int, folder: Path, weights: Weights
     return 0
 
 
-def _config_of(folder: Path):
-    """The configuration of a run, from its own copy of the launch file."""
+def config_of(folder: Path) -> Config:
+    """The configuration of a run, from its own copy of the launch file; else Refused."""
     file, options = stored_launch(folder)
     copy = folder / "launch.py"
     if not copy.is_file():
@@ -114,7 +114,8 @@ def _config_of(folder: Path):
     return resolve(copy, options, file)
 
 
-def _device(name: str):
+def device_for(name: str) -> torch.device:
+    """The device of that name; ValueError where there is none."""
     try:
         device = device_called(name)
         torch.zeros(1, device=device).tolist()

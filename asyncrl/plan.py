@@ -132,10 +132,7 @@ def _check_machine(config) -> None:
     for name in (config.learner.device, config.actor.device):  # before one is begun to be used
         gpu = re.fullmatch(r"cuda(?::(\d+))?", name)
         if gpu and int(gpu[1] or 0) >= (there := torch.cuda.device_count()):
-            raise ValueError(
-                f"expected a device that torch can use here, got {name!r}: there are {there} GPUs; "
-                "use cpu or auto"
-            )
+            raise _unusable(name, f"there are {there} GPUs")
     if config.learner.compile:
         check_compiler()
 
@@ -150,9 +147,13 @@ def _check_devices(config) -> None:
             if torch.empty(1, device=name).is_meta:
                 raise RuntimeError("it holds no numbers")
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"expected a device that torch can use here, got {name!r}: {error}; use cpu or auto"
-            ) from None
+            raise _unusable(name, error) from None
+
+
+def _unusable(device: str, why: object) -> ValueError:
+    return ValueError(
+        f"expected a device that torch can use here, got {device!r}: {why}; use cpu or auto"
+    )
 
 
 def _memory(config, spec, weights: int, parameters: int, store: int) -> list:

@@ -44,7 +44,7 @@ def without_guards() -> contextlib.ExitStack:
     """A context in which nothing is checked."""
 
     def cast(self, action):
-        return action.reshape(-1, *self._own.shape).astype(self._own.dtype, copy=False)
+        return action.reshape(-1, *self.own.shape).astype(self.own.dtype, copy=False)
 
     def adopt(self, space, obs, name):
         return obs.copy() if self._copies else obs

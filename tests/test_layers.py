@@ -34,7 +34,8 @@ LAYERS = [
     {"config"},
     {"costs", "plan", "folder", "preflight", "children", "memory", "run", "template"}
     | {"supervisor", "video"},
-    {"panel", "screen", "health", "plots", "doctor", "bench", "eval", "cli"} | {"__main__"},
+    {"panel", "screen", "health", "plots", "doctor", "bench", "eval", "serve", "cli"}
+    | {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
